@@ -1,0 +1,279 @@
+"""First and second derivatives of an objective: compiled once a shape, summed over batches.
+
+Vectors are columns: (p,) or (p, k). A product with k columns costs one pass over the data. For a
+last Dense layer everything is a closed form (`helpers.head`); every other model takes the paths
+that work for any Keras layer: reverse-over-reverse products and double vector-Jacobian products.
+Layers known to survive `tf.vectorized_map` get their k columns, or their b examples, in one batched
+graph; others (recurrent layers, attention, custom layers) get a loop that gives the same numbers.
+"""
+
+from functools import partial
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from helpers.head import gemm
+
+VECTORISABLE = {
+    *("Dense", "Conv1D", "Conv2D", "Embedding", "InputLayer", "Flatten", "Reshape", "Rescaling"),
+    *("Activation", "ReLU", "Dropout", "BatchNormalization", "LayerNormalization"),
+    *("AveragePooling1D", "AveragePooling2D", "MaxPooling2D", "ZeroPadding2D"),
+    *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "Add", "Multiply", "Concatenate"),
+}
+
+
+def compiled(function):
+    """Keep one `tf.function` of `function(objective, ...)` on the objective it was called with."""
+
+    def call(objective, *args):
+        cache = objective.__dict__.setdefault("_compiled", {})
+        if function not in cache:
+            cache[function] = tf.function(partial(function, objective), reduce_retracing=True)
+        return cache[function](*args)
+
+    call.__doc__, call.__name__, call.graph = function.__doc__, function.__name__, function
+    return call
+
+
+def is_vectorisable(objective):
+    """Return whether every layer of the model is known to survive `tf.vectorized_map`."""
+    layers = objective.model._flatten_layers()
+    containers = (keras.Sequential, keras.src.models.Functional)
+    return all(type(la).__name__ in VECTORISABLE or isinstance(la, containers) for la in layers)
+
+
+def loss_gradient(objective):
+    """Return the gradient of L at theta, regulariser included, (p,) float64."""
+    if objective.head:
+        return objective.head.gradient(objective.theta)
+    total = _summed_gradient(objective).numpy().astype(np.float64)
+    return total / objective.n + objective.decay * objective.theta
+
+
+@compiled
+def _summed_gradient(objective):
+    def one_batch(x, y, weight):
+        with tf.GradientTape() as tape:
+            loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
+        return objective.flatten(tape.gradient(loss, objective.tensors))
+
+    return objective.accumulate(one_batch, tf.zeros(objective.p, objective.dtype))
+
+
+def hvp(objective, vectors):
+    """Return H v, or H V for columns V (p, k), with H the Hessian of L at theta.
+
+    Reverse-over-reverse (Pearlmutter 1994): d/dtheta of grad L . v. Same shape as `vectors`, in the
+    model's dtype; a last Dense layer is always float64. Regulariser included, damping not.
+    """
+    return _product(objective, vectors, _head_hvp if objective.head else _hvp)
+
+
+def gauss_newton_product(objective, vectors):
+    """Return G v with G = (1/n) sum_i w_i J_i' A_i J_i + diag(decay), for (p,) or columns (p, k).
+
+    J_i is the Jacobian of example i's outputs, A_i the Hessian of its loss in the outputs. G has no
+    negative eigenvalue for a loss convex in the outputs, and is H for a linear model.
+    """
+    return _product(objective, vectors, _head_hvp if objective.head else _gnvp)
+
+
+def hessian_operator(objective, *, gauss_newton=False):
+    """Return V -> H V (or G V) on tensors (p, k), to be called inside a `tf.function`."""
+    product = _head_hvp if objective.head else _gnvp if gauss_newton else _hvp
+    return partial(product.graph, objective)
+
+
+def _product(objective, vectors, columns):
+    dtype = "float64" if objective.head else objective.dtype
+    vectors = tf.cast(vectors, dtype)
+    matrix = vectors[:, None] if vectors.shape.rank == 1 else vectors
+    result = columns(objective, matrix)
+    return result[:, 0] if vectors.shape.rank == 1 else result
+
+
+@compiled
+def _head_hvp(objective, vectors):
+    """H V = (1/n) phi' [A (phi V)] + decay V: two GEMMs."""
+    head = objective.head
+    phi, k = head.phi_tensor, tf.shape(vectors)[1]
+    theta = objective.flatten(objective.tensors)
+    outputs = tf.matmul(phi, tf.reshape(tf.cast(theta, phi.dtype), (head.d, head.c)))
+    a = head.tf_curvatures(tf.constant(head.y), outputs) * head.weight[:, None, None]
+    moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
+    moved = tf.matmul(a, tf.reshape(moved, (head.n, head.c, k)))
+    back = tf.matmul(phi, tf.reshape(moved, (head.n, -1)), transpose_a=True)
+    return tf.reshape(back, tf.shape(vectors)) / head.n + head.decay[:, None] * vectors
+
+
+@compiled
+def _hvp(objective, vectors):
+    def one_vector(x, y, weight, vector):
+        parts = objective.unflatten(vector)
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
+            gradient = _dense(inner.gradient(loss, objective.tensors))
+            dot = _dot(gradient, parts)
+        return objective.flatten(outer.gradient(dot, objective.tensors))
+
+    return _regularised(objective, vectors, one_vector)
+
+
+@compiled
+def _gnvp(objective, vectors):
+    def one_vector(x, y, weight, vector):
+        parts = objective.unflatten(vector)
+        with tf.GradientTape(persistent=True) as tape:
+            outputs = objective.model(x, training=False)
+        with tf.GradientTape() as linear:
+            dummy = tf.ones_like(outputs)
+            linear.watch(dummy)
+            pulled = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
+            dot = _dot(_dense(pulled), parts)
+        moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
+        with tf.GradientTape() as outer:
+            outer.watch(outputs)
+            with tf.GradientTape() as inner:
+                inner.watch(outputs)
+                losses = objective.loss_of_predictions(y, outputs)
+                loss = tf.tensordot(weight, losses, 1)
+            slope = inner.gradient(loss, outputs)
+            dot = tf.reduce_sum(slope * tf.stop_gradient(moved))
+        bent = outer.gradient(dot, outputs)  # A J v
+        return objective.flatten(tape.gradient(outputs, objective.tensors, output_gradients=bent))
+
+    return _regularised(objective, vectors, one_vector)
+
+
+def _regularised(objective, vectors, one_vector):
+    """Return the batch sums of `one_vector` over n, for every column, plus decay * V."""
+    rows = tf.transpose(vectors)
+
+    def one_batch(x, y, weight):
+        return _map_rows(objective, lambda v: one_vector(x, y, weight, v), rows)
+
+    total = tf.transpose(objective.accumulate(one_batch, tf.zeros_like(rows)))
+    decay = tf.constant(objective.decay[:, None], objective.dtype)
+    return total / objective.n + decay * vectors
+
+
+def _map_rows(objective, function, rows):
+    """Apply function to every row: in one batched graph where the layers allow it, else a loop."""
+    if rows.shape[0] == 1:
+        return function(rows[0])[None]
+    if is_vectorisable(objective):
+        return tf.vectorized_map(function, rows)
+    return tf.map_fn(function, rows)
+
+
+def _dense(gradient):
+    """Turn the IndexedSlices of embeddings into tensors; None stays None."""
+    return [g if g is None else tf.convert_to_tensor(g) for g in gradient]
+
+
+def _dot(gradient, parts):
+    """Return the sum of products of two lists of tensors; a missing gradient counts as zero."""
+    pairs = zip(gradient, parts, strict=True)
+    return tf.add_n([tf.reduce_sum(g * v) for g, v in pairs if g is not None])
+
+
+def per_example_gradients(objective, x, y):
+    """Return grad loss_i of every given example as rows (m, p): data loss only, no weights.
+
+    Rows are (m, p) in the model's dtype (float64 for a last Dense layer); m p numbers must fit.
+    """
+    x, y = keras.tree.map_structure(np.asarray, x), np.asarray(y)
+    head = objective.head
+    if head:
+        phi = head.features(x, y)
+        return head.gradients(phi, head.residuals(y, head.outputs(phi, objective.theta)))
+    step = objective.affordable_batch(4 * objective.p * tf.as_dtype(objective.dtype).size)
+    step = min(step, objective.batch_size)
+    batches = objective.batches_of(x, y, batch_size=step)
+    return np.concatenate([_example_gradients(objective, xb, yb).numpy() for xb, yb, _ in batches])
+
+
+@compiled
+def _example_gradients(objective, x, y):
+    def one_example(example):
+        one_x, one_y = keras.tree.map_structure(lambda a: a[None], example)
+        with tf.GradientTape() as tape:
+            loss = objective.example_losses(one_x, one_y)[0]
+        return objective.flatten(tape.gradient(loss, objective.tensors))
+
+    if is_vectorisable(objective):
+        return tf.vectorized_map(one_example, (x, y))
+    return tf.map_fn(one_example, (x, y), fn_output_signature=objective.dtype)
+
+
+def gradient_dots(objective, vectors):
+    """Return w_i grad loss_i . v_j for every training example and column of `vectors`, (k, n).
+
+    One or a few columns: the derivative of u -> grad(sum_i u_i loss_i) . v in u, one pass a column,
+    never n gradients. Many columns: per-example gradients a batch at a time and a GEMM.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    head = objective.head
+    if head:
+        r = head.residuals(head.y, head.outputs(head.phi, objective.theta)) * head.weight[:, None]
+        width = max(1, int(objective.memory_budget // (8 * head.n * head.c)))
+        chunks = range(0, vectors.shape[1], width)
+        return np.concatenate([_head_dots(head, r, vectors[:, j : j + width]) for j in chunks])
+    columns = tf.constant(vectors, objective.dtype)
+    parts = []
+    for x, y, weight in objective.batches():
+        if vectors.shape[1] > 4 and is_vectorisable(objective):
+            gradients = per_example_gradients(objective, x, y)
+            parts.append((gradients @ columns.numpy()).T * weight.numpy())
+        else:
+            parts.append(_double_vjp_dots(objective, x, y, weight, columns).numpy())
+    return np.concatenate(parts, axis=1).astype(np.float64)
+
+
+def _head_dots(head, residuals, vectors):
+    moved = gemm(head.phi, vectors.reshape(head.d, -1)).reshape(head.n, head.c, -1)
+    if head.c == 1:
+        return moved[:, 0].T * residuals[:, 0]
+    return np.einsum("nc,nck->kn", residuals, moved)
+
+
+@compiled
+def _double_vjp_dots(objective, x, y, weight, vectors):
+    def one_vector(vector):
+        parts = objective.unflatten(vector)
+        with tf.GradientTape() as outer:
+            outer.watch(weight)
+            with tf.GradientTape() as inner:
+                loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
+            gradient = _dense(inner.gradient(loss, objective.tensors))
+            dot = _dot(gradient, parts)
+        return outer.gradient(dot, weight) * weight
+
+    return _map_rows(objective, one_vector, tf.transpose(vectors))
+
+
+def dense_hessian(objective):
+    """Return H of L at theta as a matrix (p, p) float64, regulariser included, damping not.
+
+    A closed form for a last Dense layer; otherwise one product for every column.
+    """
+    if objective.head:
+        return objective.head.hessian(objective.theta)
+    return _columns(objective, hvp)
+
+
+def dense_gauss_newton(objective):
+    """Return G (see `gauss_newton_product`) as a matrix (p, p) float64."""
+    if objective.head:
+        return objective.head.hessian(objective.theta)
+    return _columns(objective, gauss_newton_product)
+
+
+def _columns(objective, product, width=64):
+    identity = np.eye(objective.p)
+    blocks = [product(objective, identity[:, j : j + width]).numpy()
+              for j in range(0, objective.p, width)]  # fmt: skip
+    h = np.concatenate(blocks, axis=1).astype(np.float64)
+    return (h + h.T) / 2

@@ -1,0 +1,421 @@
+"""The empirical risk of a Keras model: what every Hessian, solve and influence is taken of.
+
+    L(theta) = (1/n) sum_i w_i loss(z_i, theta) + (1/2) theta . (decay * theta)
+
+theta are the selected parameters as one vector, `decay` is the weight decay on the decayed ones and
+zero on the others (`wd * theta` below always means `decay * theta`), w_i are sample weights (1).
+"""
+
+import copy
+from functools import cached_property
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from helpers.head import Head
+
+if keras.backend.backend() != "tensorflow":
+    raise RuntimeError(
+        f"helpers needs Keras on TensorFlow, but KERAS_BACKEND is '{keras.backend.backend()}': "
+        "set KERAS_BACKEND=tensorflow and restart the kernel."
+    )
+
+
+class Objective:
+    """A Keras model bound to a per-example loss, its training data and its weight decay.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Sequential, functional or subclassed, called with `training=False`: dropout is off,
+        batch normalisation uses its moving statistics.
+    loss : keras.losses.Loss, name, or callable (y_true, y_pred) -> (b,); optional
+        One value an example, in nats for cross-entropies. None takes the compiled loss.
+    x, y : arrays (n, ...), lists or dicts of arrays; or x = tf.data.Dataset of (x, y[, weight])
+        batches and y = None.
+    weight_decay : float, optional
+        wd of (wd/2)||theta_decayed||^2. None takes the model's own L2 regularisers
+        (Keras' `l2(c)` is wd = 2c); giving both is refused, since they would count twice.
+    decayed : "kernels", "all", or a list of variables
+        What `weight_decay` applies to; "kernels" are the variables of rank two or more.
+    parameters : None (all trainable), "last_layer", or a list of layer names or variables
+    sample_weight : (n,), optional
+    batch_size : int, optional
+        Examples a pass holds at once; by default what fits `memory_budget` bytes. Results do
+        not depend on it: batches are summed and divided by n.
+    """
+
+    def __init__(
+        self,
+        model,
+        loss=None,
+        x=None,
+        y=None,
+        *,
+        weight_decay=None,
+        decayed="kernels",
+        parameters=None,
+        sample_weight=None,
+        batch_size=None,
+        memory_budget=2**30,
+    ):
+        self.model = model
+        self.memory_budget = memory_budget
+        if not isinstance(x, tf.data.Dataset):
+            x = _as_arrays(x)
+            model(_first(x, 2), training=False)  # builds a model that has not been called yet
+        else:
+            model(next(iter(x))[0], training=False)
+        self.variables = _select(model, parameters)
+        self.dtype = _dtype(model, self.variables)
+        self._loss = loss if loss is not None else getattr(model, "loss", None)
+        self.decay = _decay(model, self.variables, weight_decay, decayed)
+        self._bind_data(x, y, sample_weight, batch_size)
+        self._check_loss()
+
+    # ---------------------------------------------------------------- data
+
+    def _bind_data(self, x, y, sample_weight, batch_size):
+        if isinstance(x, tf.data.Dataset):
+            if y is not None or sample_weight is not None:
+                raise ValueError(
+                    "With a tf.data.Dataset pass y and weights inside it, as "
+                    "(x, y) or (x, y, weight) batches."
+                )
+            self._dataset = x.map(self._complete)
+            sizes = [len(batch[2]) for batch in self._dataset]
+            self.n, self.batch_size = sum(sizes), max(sizes, default=0)
+        else:
+            self.n = len(y)
+            wrong = {len(a) for a in keras.tree.flatten(x)} - {self.n}
+            if wrong:
+                raise ValueError(f"x and y differ in length: {wrong.pop()} and {self.n}.")
+            affordable = self.affordable_batch(self._bytes_an_example(x))
+            self.batch_size = min(self.n, batch_size or affordable)
+            weight = np.ones(self.n) if sample_weight is None else sample_weight
+            if any(isinstance(a, np.memmap) for a in keras.tree.flatten(x)):
+                self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
+            else:
+                self._dataset, self._data = None, self._complete(x, y, weight)
+        if self.n == 0:
+            raise ValueError("The training data hold no example.")
+
+    def _complete(self, x, y, weight=None):
+        weight = tf.ones(tf.shape(y)[0]) if weight is None else weight
+        return self.cast(x), tf.convert_to_tensor(y), tf.cast(weight, self.dtype)
+
+    def cast(self, x):
+        """Return x as tensors: floating ones in the model's dtype, integers as they are."""
+
+        def one(a):
+            a = tf.convert_to_tensor(a)
+            return tf.cast(a, self.dtype) if a.dtype.is_floating else a
+
+        return keras.tree.map_structure(one, x)
+
+    def batches(self, batch_size=None):
+        """Yield (x, y, weight) tensors that cover the training data once, in order."""
+        if self._dataset is not None:
+            yield from self._dataset
+        else:
+            yield from self.batches_of(*self._data, batch_size=batch_size)
+
+    def batches_of(self, x, y, weight=None, batch_size=None):
+        """Yield (x, y, weight) tensors of at most `batch_size` examples; the last is smaller."""
+        step = batch_size or self.batch_size
+        for start in range(0, len(y), step):
+            rows = slice(start, start + step)
+            w = None if weight is None else weight[rows]
+            yield self._complete(keras.tree.map_structure(lambda a, r=rows: a[r], x), y[rows], w)
+
+    def accumulate(self, function, zeros):
+        """Return zeros + the sum of function(x, y, weight) over all batches.
+
+        To be called inside a `tf.function`: the loop over batches is part of the graph, and
+        nothing leaves the device.
+        """
+        total = zeros
+        if self._dataset is not None:
+            for x, y, weight in self._dataset:
+                total += function(x, y, weight)
+        elif self.n <= self.batch_size:
+            total += function(*self._data)
+        else:
+            for start in tf.range(0, self.n, self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                x, y, weight = keras.tree.map_structure(lambda a, r=rows: a[r], self._data)
+                total += function(x, y, weight)
+        return total
+
+    def affordable_batch(self, bytes_an_example):
+        """Return how many examples fit the memory budget, at least 1."""
+        return max(1, int(self.memory_budget // max(1, bytes_an_example)))
+
+    def _bytes_an_example(self, x):
+        """About eight copies of every activation live during a Hessian-vector product."""
+        inputs = sum(np.prod(a.shape[1:]) for a in keras.tree.flatten(x))
+        layers = 0
+        for layer in self.model._flatten_layers(include_self=False):
+            try:
+                shapes = [t.shape[1:] for t in keras.tree.flatten(layer.output)]
+                layers += sum(np.prod([s or 1 for s in shape]) for shape in shapes)
+            except AttributeError:  # a layer of a subclassed model knows no output shape
+                layers += 32 * inputs
+        return 8 * tf.as_dtype(self.dtype).size * (inputs + layers)
+
+    # ---------------------------------------------------------------- parameters
+
+    @property
+    def tensors(self):
+        """The selected parameters as TensorFlow variables, in the order of theta."""
+        return [v.value for v in self.variables]
+
+    @cached_property
+    def sizes(self):
+        return [int(np.prod(v.shape)) for v in self.variables]
+
+    @property
+    def p(self):
+        """Number of selected parameters."""
+        return sum(self.sizes)
+
+    @property
+    def theta(self):
+        """The selected parameters as one float64 vector (p,)."""
+        return np.concatenate([np.asarray(v).ravel() for v in self.tensors]).astype(np.float64)
+
+    @theta.setter
+    def theta(self, vector):
+        for variable, part in zip(self.variables, self.unflatten(np.asarray(vector)), strict=True):
+            variable.assign(tf.cast(part, self.dtype))
+
+    @cached_property
+    def head(self):
+        """The closed forms of a last Dense layer (`helpers.head`), or None for other parameters.
+
+        The layers below are taken as they are at the first use.
+        """
+        return Head.of(self)
+
+    def flatten(self, tensors):
+        """Return a list shaped like the variables as one vector (p,); None counts as zero."""
+        parts = [
+            tf.zeros(size, self.dtype) if t is None else tf.reshape(tf.convert_to_tensor(t), [-1])
+            for t, size in zip(tensors, self.sizes, strict=True)
+        ]
+        return tf.concat(parts, 0)
+
+    def unflatten(self, vector):
+        """Return one vector (p,) as a list of tensors shaped like the variables."""
+        parts = tf.split(tf.convert_to_tensor(vector), self.sizes)
+        return [tf.reshape(t, v.shape) for t, v in zip(parts, self.variables, strict=True)]
+
+    # ---------------------------------------------------------------- losses
+
+    def example_losses(self, x, y):
+        """Return loss(z_i, theta) of a batch, (b,), in nats for cross-entropies; no regulariser."""
+        return self.loss_of_predictions(y, self.model(x, training=False))
+
+    def loss_in(self, dtype):
+        """Return the loss as a callable (y, predictions) -> one value an example, in `dtype`."""
+        return _per_example(self._loss, dtype)
+
+    def loss_of_predictions(self, y, predictions):
+        """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""
+        values = self.loss_in(self.dtype)(y, predictions)
+        if values.shape.rank > 1:
+            values = tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+        return values
+
+    def losses(self, x, y):
+        """Return the loss of each given example, (m,) float64."""
+        x = _as_arrays(x)
+        parts = [self._compiled_losses(xb, yb) for xb, yb, _ in self.batches_of(x, np.asarray(y))]
+        return np.concatenate([part.numpy() for part in parts]).astype(np.float64)
+
+    @cached_property
+    def _compiled_losses(self):
+        return tf.function(self.example_losses, reduce_retracing=True)
+
+    def regulariser(self):
+        """Return (1/2) theta . (decay * theta), a float."""
+        return 0.5 * float(self.decay @ self.theta**2)
+
+    def training_loss(self):
+        """Return L(theta), the mean weighted training loss with the regulariser, a float."""
+        total = sum(
+            float(tf.tensordot(w, self._compiled_losses(x, y), 1)) for x, y, w in self.batches()
+        )
+        return total / self.n + self.regulariser()
+
+    def _check_loss(self):
+        x, y, _ = next(iter(self.batches(batch_size=3)))
+        predictions = self.model(x, training=False)
+        if len(keras.tree.flatten(predictions)) > 1:
+            raise ValueError(
+                "The model has several outputs. Bind one: "
+                "keras.Model(model.inputs, model.outputs[0])."
+            )
+        values = self.loss_in(self.dtype)(y, predictions)
+        b = int(predictions.shape[0])
+        if values.shape.rank == 0 or int(values.shape[0]) != b:
+            raise ValueError(
+                f"The loss must return one value an example, shape ({b}, ...); it "
+                f"returned shape {tuple(values.shape)}. Do not average over examples."
+            )
+        if y.shape.rank == 1 and predictions.shape.rank == 2 and values.shape == (b, b) and b > 1:
+            raise ValueError(
+                f"y has shape (n,) and the predictions (n, {predictions.shape[1]}): "
+                "the loss broadcast one against the other. Give y the shape (n, 1)."
+            )
+
+
+# -------------------------------------------------------------------- what a model brings along
+
+
+def _stream(x, y, weight, batch_size):
+    """Return a data set that reads memory-mapped arrays batch by batch."""
+    flat = [*keras.tree.flatten(x), np.asarray(y), np.asarray(weight)]
+
+    def read(start):
+        parts = tf.numpy_function(
+            lambda s: [np.asarray(a[s : s + batch_size]) for a in flat],
+            [start],
+            [tf.as_dtype(a.dtype) for a in flat],
+        )
+        for part, a in zip(parts, flat, strict=True):
+            part.set_shape((None, *a.shape[1:]))
+        return keras.tree.pack_sequence_as(x, parts[:-2]), parts[-2], parts[-1]
+
+    return tf.data.Dataset.range(0, len(y), batch_size).map(read)
+
+
+def _as_arrays(x):
+    return keras.tree.map_structure(lambda a: a if hasattr(a, "shape") else np.asarray(a), x)
+
+
+def _first(x, k):
+    return keras.tree.map_structure(lambda a: tf.convert_to_tensor(a[:k]), x)
+
+
+def _select(model, parameters):
+    if parameters is None:
+        chosen = list(model.trainable_variables)
+    elif parameters == "last_layer":
+        layers = [la for la in model._flatten_layers(include_self=False) if la._trainable_variables]
+        chosen = layers[-1].trainable_variables if layers else []
+    elif isinstance(parameters, str):
+        raise ValueError(
+            f"parameters='{parameters}' is not known: use None, 'last_layer', or a "
+            "list of layer names or variables."
+        )
+    else:
+        named = {la.name: la for la in model._flatten_layers(include_self=False)}
+        unknown = [q for q in parameters if isinstance(q, str) and q not in named]
+        if unknown:
+            raise ValueError(f"No layer is called {unknown}; the model has {sorted(named)}.")
+        chosen = [
+            v
+            for q in parameters
+            for v in (named[q].trainable_variables if isinstance(q, str) else [q])
+        ]
+    unique = list({id(v): v for v in chosen}.values())  # a shared layer is listed once
+    if not unique:
+        raise ValueError("No trainable parameter is selected: are all layers frozen?")
+    return unique
+
+
+def _dtype(model, variables):
+    mixed = [la.name for la in model._flatten_layers() if la.variable_dtype != la.compute_dtype]
+    if mixed:
+        raise ValueError(
+            f"Layers {mixed[:3]} compute in {model.compute_dtype} but store {model.variable_dtype}:"
+            " second derivatives in mixed precision are too coarse. Load the model under "
+            "keras.config.set_dtype_policy('float32') (or 'float64')."
+        )
+    dtypes = {v.dtype for v in variables}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
+        raise ValueError(f"The parameters must all be float32 or all float64, not {dtypes}.")
+    return dtypes.pop()
+
+
+def _per_example(loss, dtype):
+    """Return a callable (y, predictions) -> one value an example, computed in `dtype`."""
+    if loss is None:
+        raise ValueError(
+            "Name a loss: Objective(model, keras.losses.…(), x, y), or compile the model with one."
+        )
+    if isinstance(loss, str):
+        name = "".join(word.capitalize() for word in loss.split("_"))
+        loss = getattr(keras.losses, name, None) or keras.losses.get(loss)
+        loss = loss() if isinstance(loss, type) else loss
+    if isinstance(loss, (list, tuple, dict)):
+        raise ValueError("Several losses are not supported: bind one output and one loss.")
+    if isinstance(loss, keras.losses.Loss):
+        loss = copy.copy(loss)
+        loss.reduction = None
+        loss._dtype = dtype  # Keras would cast float64 predictions down to floatx
+    return loss
+
+
+def _decay(model, variables, weight_decay, decayed):
+    """Return the weight decay of each parameter, (p,) float64."""
+    own = {id(v): _l2(v) for v in variables}
+    activity = [la.name for la in model._flatten_layers() if la.activity_regularizer is not None]
+    if activity:
+        raise ValueError(
+            f"Layers {activity} carry an activity regulariser, which is no function "
+            "of one example's loss: remove it or put it into the loss."
+        )
+    tied = sum(v.regularizer is not None for v in model.trainable_variables)
+    if len(model.losses) > tied:
+        raise ValueError(
+            "The model adds losses of its own (add_loss): move them into the "
+            "per-example loss, so that each example carries its share."
+        )
+    if weight_decay is None:
+        if getattr(model.optimizer, "weight_decay", None):
+            raise ValueError(
+                "The model was compiled with decoupled weight decay (AdamW), which "
+                "minimises no fixed objective: pass weight_decay= yourself."
+            )
+        per_variable = [own[id(v)] for v in variables]
+    else:
+        if any(own.values()) and weight_decay:
+            raise ValueError(
+                "The model already decays its weights (kernel_regularizer) and "
+                "weight_decay was given too: pass weight_decay=None to use the "
+                "model's own (Keras' l2(c) is a weight decay of 2c)."
+            )
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
+        per_variable = [weight_decay * _is_decayed(v, decayed) + own[id(v)] for v in variables]
+    return np.concatenate(
+        [
+            np.full(int(np.prod(v.shape)), wd, np.float64)
+            for v, wd in zip(variables, per_variable, strict=True)
+        ]
+    )
+
+
+def _is_decayed(variable, decayed):
+    if isinstance(decayed, str) and decayed in ("kernels", "all"):
+        return decayed == "all" or len(variable.shape) >= 2
+    if isinstance(decayed, str):
+        raise ValueError(f"decayed='{decayed}' is not known: 'kernels', 'all' or variables.")
+    return any(variable is v for v in decayed)
+
+
+def _l2(variable):
+    regularizer = variable.regularizer
+    if regularizer is None:
+        return 0.0
+    if type(regularizer) is keras.regularizers.L2:
+        return 2.0 * float(regularizer.l2)
+    if type(regularizer) is keras.regularizers.L1L2 and not float(regularizer.l1):
+        return 2.0 * float(regularizer.l2)
+    raise ValueError(
+        f"{variable.path} has a {type(regularizer).__name__} regulariser; only L2 has "
+        "a Hessian that influence functions can use."
+    )

@@ -1,0 +1,223 @@
+"""Exact fits of convex heads, and what leaving one training point out really does to them.
+
+The left-out objective keeps the weight decay and averages over n - 1 points (C' = 1/((n-1) wd) in
+scikit-learn's terms). With K = H - diag(decay)/n its Hessian at theta is
+
+    H_-i = n/(n-1) (K - (w_i/n) (phi_i phi_i') (x) A_i),
+
+one factorisation of K and a rank-C correction a point (Sherman-Morrison-Woodbury), and its gradient
+at the optimum is -(w_i grad loss_i + decay theta)/(n-1). One Newton step from there is the Newton
+prediction (Pregibon 1981; Rad & Maleki 2020); repeating it with the same factor to a zero gradient
+is the exact refit, all points at once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from helpers.head import gemm
+from helpers.solvers import Cholesky
+
+
+class Fit(NamedTuple):
+    """The end of a fit: gradient norm of L at theta, Newton steps, training loss, and verdict."""
+
+    gradient_norm: float
+    steps: int
+    training_loss: float
+    converged: bool
+
+    def __str__(self):
+        word = "converged" if self.converged else "NOT CONVERGED"
+        return (f"{word}: gradient norm {self.gradient_norm:.1e} after {self.steps} Newton steps, "
+                f"training loss {self.training_loss:.6g} nats")  # fmt: skip
+
+
+def head_of(objective):
+    """Return the objective's head; ValueError where its parameters are no last Dense layer."""
+    if objective.head is None:
+        raise ValueError(
+            "Exact fits need a convex head: bind the objective with parameters='last_layer' to a "
+            "Sequential or functional model whose last layer is Dense.")  # fmt: skip
+    return objective.head
+
+
+def fit_head(objective, *, tol=1e-10, max_steps=100):
+    """Set the head's parameters to the minimum of L and return a Fit.
+
+    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol. A model
+    stored in float32 keeps only 7 digits of it, and the gradient norm says so.
+    """
+    head = head_of(objective)
+    if not (objective.decay > 0).any():
+        raise ValueError("Without weight decay a separable problem has no minimum: pass "
+                         "weight_decay > 0 (the thesis uses 1e-3).")  # fmt: skip
+    theta, steps = _newton(head, objective.theta, tol, max_steps)
+    objective.theta = theta
+    norm = float(np.linalg.norm(head.gradient(objective.theta)))
+    return Fit(norm, steps, head.loss(objective.theta), norm <= max(tol, 1e-10))
+
+
+def _newton(head, theta, tol, max_steps, **left_out):
+    loss = head.loss(theta, **left_out)
+    for step in range(max_steps):
+        gradient = head.gradient(theta, **left_out)
+        if np.linalg.norm(gradient) <= tol:
+            return theta, step
+        direction = Cholesky(head.hessian(theta, **left_out)).solve(gradient)
+        theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
+    return theta, max_steps
+
+
+def _armijo(head, theta, loss, direction, decrease, left_out):
+    length = 1.0
+    while True:
+        trial = theta - length * direction
+        trial_loss = head.loss(trial, **left_out)
+        # below 1e-14 the loss no longer resolves the step, and Newton's own step is the best one
+        if trial_loss <= loss - 1e-4 * length * decrease or decrease < 1e-14 or length < 1e-8:
+            return trial, trial_loss
+        length /= 2
+
+
+class Removals:
+    """One factorisation of an objective's head, for every left-out fit of it.
+
+    Attributes
+    ----------
+    leverage : (n,) largest eigenvalue of (w_i/n) A_i phi_i' K^-1 phi_i, in [0, 1): first-order
+        predictions understate the effect of a point by about 1/(1 - leverage).
+    """
+
+    def __init__(self, objective):
+        self.objective, self.head = objective, head_of(objective)
+        head, self.theta = self.head, objective.theta
+        k = head.hessian(self.theta)
+        k[np.diag_indices_from(k)] -= head.decay / head.n
+        self.factor = Cholesky(k)
+        self.outputs = head.outputs(head.phi, self.theta)
+        self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
+        self.curvature = head.curvatures(head.y, self.outputs) * head.weight[:, None, None]
+        self._decay_theta = head.decay * self.theta
+        if head.c == 1:
+            self._white = self.factor.whiten(head.phi.T)  # (p, n): L^-1 phi_i
+            self._q = (self._white**2).sum(0)  # phi_i' K^-1 phi_i
+            self._shift_i = gemm(self._white.T, self.factor.whiten(self._decay_theta))
+
+    @property
+    def leverage(self):
+        head = self.head
+        if head.c == 1:
+            return self.curvature[:, 0, 0] * self._q / head.n
+        pieces = [self._pieces(np.array([i])) for i in range(head.n)]
+        return np.array([np.linalg.eigvals(p.coupling[0]).real.max() for p in pieces])
+
+    def _pieces(self, rows):
+        """Return Z = K^-1 (phi_i (x) I) and the coupling (w_i/n) A_i phi_i' Z, (k, C, C)."""
+        head, k = self.head, len(rows)
+        blocks = head.phi[rows].T[:, None, :, None] * np.eye(head.c)[None, :, None, :]
+        z = self.factor.solve(blocks.reshape(head.d * head.c, -1)).reshape(-1, k, head.c)
+        q = np.einsum("kd,dckb->kcb", head.phi[rows], z.reshape(head.d, head.c, k, head.c))
+        return _Pieces(z, self.curvature[rows] @ q / head.n)
+
+    def _solve_left_out(self, g, rows, pieces):
+        """Return (K - (w_i/n) phi_i A_i phi_i')^-1 g_i for the columns g (p, k)."""
+        head, k = self.head, len(rows)
+        x = self.factor.solve(g)
+        own = np.einsum("kd,dck->kc", head.phi[rows], x.reshape(head.d, head.c, k))
+        bent = np.einsum("kab,kb->ka", self.curvature[rows], own)[..., None] / head.n
+        middle = np.linalg.solve(np.eye(head.c) - pieces.coupling, bent)[..., 0]
+        return x + np.einsum("pkc,kc->pk", pieces.z, middle)
+
+    def newton_steps(self, rows):
+        """Return theta_-i - theta by one Newton step on the left-out objective, (p, k)."""
+        rows = np.asarray(rows)
+        return self._newton_steps(rows, self._pieces(rows))
+
+    def _newton_steps(self, rows, pieces):
+        own = self.head.gradients(self.head.phi[rows], self.residual[rows]).T
+        return self._solve_left_out(own + self._decay_theta[:, None], rows, pieces) / self.head.n
+
+    def newton_loss_change(self, x_test, y_test):
+        """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta), (m, n) nats.
+
+        Evaluated, not linearised. For one output every shift of every test output comes from one
+        GEMM, so the whole matrix costs about what the first-order one does.
+        """
+        head = self.head
+        phi = head.features(x_test, y_test)
+        base = head.outputs(phi, self.theta)
+        if head.c == 1:
+            white = self.factor.whiten(phi.T)
+            shift_t = gemm(white.T, self.factor.whiten(self._decay_theta))
+            own = self.residual[:, 0] * self._q + self._shift_i
+            gain = self.residual[:, 0] + self.curvature[:, 0, 0] / head.n * own / (
+                1 - self.leverage
+            )
+            shift = (gemm(white.T, self._white) * gain + shift_t[:, None]) / head.n
+            moved = base[:, :, None] + shift[:, None, :]
+            return head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
+        changes = np.empty((len(phi), head.n))
+        for rows in np.array_split(np.arange(head.n), max(1, head.n // 64)):
+            moved = head.outputs(phi, self.theta[:, None] + self.newton_steps(rows))
+            changes[:, rows] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
+        return changes
+
+    def exact(self, rows, *, tol=1e-10, batch=500, max_steps=200):
+        """Return theta_-i, the exact refits without each given training point, (p, k).
+
+        Fixed-factor Newton steps from the Newton prediction, for a batch of points at once, until
+        every left-out gradient norm is <= tol; points that contract too slowly get Newton's method
+        of their own.
+        """
+        rows = np.asarray(rows)
+        parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
+        return np.concatenate([self._exact(part, tol, max_steps) for part in bar], axis=1)
+
+    def _exact(self, rows, tol, max_steps):
+        head, pieces = self.head, self._pieces(rows)
+        theta = self.theta[:, None] + self._newton_steps(rows, pieces)
+        left = np.arange(len(rows))
+        last = np.full(len(rows), np.inf)
+        for _ in range(max_steps):
+            gradient = self._left_out_gradient(theta[:, left], rows[left])
+            norms = np.linalg.norm(gradient, axis=0)
+            slow = norms > 0.9 * last[left]
+            go = (norms > tol) & ~slow
+            for j in left[(norms > tol) & slow]:
+                theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
+            last[left], left = norms, left[go]
+            if not len(left):
+                return theta
+            some = _Pieces(pieces.z[:, left], pieces.coupling[left])
+            step = self._solve_left_out(gradient[:, go], rows[left], some)
+            theta[:, left] -= step * (head.n - 1) / head.n
+        for j in left:
+            theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
+        return theta
+
+    def _left_out_gradient(self, theta, rows):
+        """Return the gradient of the objective without point rows[j] at column j, (p, k)."""
+        head, k = self.head, len(rows)
+        r = head.residuals(head.y, head.outputs(head.phi, theta)) * head.weight[:, None, None]
+        r[rows, :, np.arange(k)] = 0.0
+        data = gemm(head.phi.T, r.reshape(head.n, -1)).reshape(theta.shape)
+        return data / (head.n - 1) + head.decay[:, None] * theta
+
+    def _refit_alone(self, theta, row, tol):
+        weight = self.head.weight.copy()
+        weight[row] = 0.0
+        return _newton(self.head, theta, tol, 100, weight=weight, n=self.head.n - 1)[0]
+
+    def loss_change(self, thetas, x_test, y_test):
+        """Return loss(z_test, theta_k) - loss(z_test, theta) for refits (p, k), (m, k) nats."""
+        phi = self.head.features(x_test, y_test)
+        base = self.head.losses(y_test, self.head.outputs(phi, self.theta))
+        return self.head.losses(y_test, self.head.outputs(phi, thetas)) - base[:, None]
+
+
+class _Pieces(NamedTuple):
+    z: np.ndarray
+    coupling: np.ndarray

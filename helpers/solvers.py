@@ -1,0 +1,269 @@
+"""Solves of (H + damping I) x = b, each with a certificate that says how good it is.
+
+One convention: `damping` is added to the diagonal once, by every solver here. Right-hand sides are
+columns, (p,) or (p, k). The residual of a certificate is the true one: b - (H + damping I) x from a
+fresh product at the end, subtracted and normed in float64.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import tensorflow as tf
+
+from helpers.curvature import dense_hessian, hessian_operator
+
+DENSE_LIMIT = 5_000  # parameters up to which a dense Hessian is formed by default: 200 MB
+
+
+class Solution(NamedTuple):
+    """What a solve returns: the solution and its certificate (k right-hand sides).
+
+    x : (p,) or (p, k) float64; relative_residual : (k,) ||b - (H + damping I) x|| / ||b||;
+    steps : (k,) products spent on each column; converged : (k,); negative_curvature : (k,), met a
+    direction d with d'(H + damping I)d <= 0; lambda_min, lambda_max : of H + damping I, exact for
+    `eigh`, else estimates from inside the spectrum (lambda_min from above, lambda_max from below).
+    """
+
+    x: np.ndarray
+    relative_residual: np.ndarray
+    steps: np.ndarray
+    converged: np.ndarray
+    negative_curvature: np.ndarray
+    lambda_min: float
+    lambda_max: float
+    damping: float
+    method: str
+    dtype: str
+
+    def __str__(self):
+        good, k = int(self.converged.sum()), len(self.converged)
+        text = (
+            f"{self.method}: {good} of {k} right-hand sides solved, largest relative residual "
+            f"{self.relative_residual.max(initial=0):.1e} ({self.dtype} products)"
+        )
+        if self.steps.any():
+            text += f", {self.steps.min()}-{self.steps.max()} steps"
+        text += f"; damping {self.damping:.3g}"
+        if np.isfinite(self.lambda_max):
+            text += f", eigenvalues about {self.lambda_min:.3g} to {self.lambda_max:.3g}"
+        if self.negative_curvature.any():
+            text += (
+                f"; NEGATIVE CURVATURE met in {int(self.negative_curvature.sum())} columns: H + "
+                "damping I has an eigenvalue <= 0. Raise the damping above -lambda_min, or use "
+                "the Gauss-Newton matrix"
+            )
+        elif good < k:
+            text += "; NOT CONVERGED: allow more steps, raise rtol, or add damping"
+        return text + "."
+
+
+def columns_of(b):
+    """Return b as finite float64 columns (p, k), and whether it was a single vector."""
+    b = np.asarray(b, np.float64)
+    if b.ndim not in (1, 2):
+        raise ValueError(f"Right-hand sides are (p,) or columns (p, k), not shape {b.shape}.")
+    if not np.isfinite(b).all():
+        raise ValueError("A right-hand side holds NaN or infinity; look at the model's losses.")
+    return (b[:, None], True) if b.ndim == 1 else (b, False)
+
+
+def _certify(matvec, b, x, single, *, rtol, steps=None, negative=None, spectrum=(np.nan, np.nan),
+             damping, method, dtype):  # fmt: skip
+    residual = np.linalg.norm(b - np.asarray(matvec(x), np.float64), axis=0)
+    norms = np.linalg.norm(b, axis=0)
+    relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
+    k = b.shape[1]
+    negative = np.zeros(k, bool) if negative is None else negative
+    steps = np.zeros(k, int) if steps is None else steps
+    converged = (relative <= rtol) & ~negative
+    return Solution(x[:, 0] if single else x, relative, steps, converged, negative,
+                    float(spectrum[0]), float(spectrum[1]), damping, method, dtype)  # fmt: skip
+
+
+class Cholesky:
+    """A factorisation of a symmetric positive definite matrix (p, p), used for many solves.
+
+    Raises
+    ------
+    np.linalg.LinAlgError
+        if the matrix has an eigenvalue that is not positive.
+    """
+
+    def __init__(self, matrix):
+        try:
+            self._factor = scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
+        except np.linalg.LinAlgError as error:
+            raise np.linalg.LinAlgError(
+                "The matrix is not positive definite, so it has no Cholesky factor: add damping "
+                "above minus its smallest eigenvalue, or use the Gauss-Newton matrix."
+            ) from error
+
+    def solve(self, b):
+        """Return the solution for b, (p,) or (p, k)."""
+        return scipy.linalg.cho_solve((self._factor, True), b, check_finite=False)
+
+    def whiten(self, b):
+        """Return L^-1 b, whose squared column norms are b' A^-1 b."""
+        return scipy.linalg.solve_triangular(self._factor, b, lower=True, check_finite=False)
+
+
+def damped(matrix, damping):
+    """Return matrix + damping I as a new array."""
+    matrix = matrix.copy()
+    matrix[np.diag_indices_from(matrix)] += damping
+    return matrix
+
+
+def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8):
+    """Return the solution of (A + damping I) x = b by one Cholesky factorisation.
+
+    matrix : A (p, p), symmetric; b : (p,) or (p, k). Raises LinAlgError where A + damping I is not
+    positive definite.
+    """
+    b, single = columns_of(b)
+    a = damped(matrix, damping)
+    x = Cholesky(a).solve(b)
+    return _certify(lambda v: a @ v, b, x, single, rtol=rtol, damping=damping,
+                    method="Cholesky", dtype="float64")  # fmt: skip
+
+
+def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
+    """Return one Solution a damping from a single eigendecomposition: every damping for free.
+
+    x = Q (Lambda + damping I)^-1 Q' b. Negative eigenvalues are no obstacle to the formula; the
+    certificate reports them.
+    """
+    b, single = columns_of(b)
+    values, q = scipy.linalg.eigh(matrix)
+    projected = q.T @ b
+    solutions = []
+    for damping in np.atleast_1d(dampings):
+        shifted = values + damping
+        x = q @ (projected / shifted[:, None])
+        negative = np.full(b.shape[1], shifted[0] <= 0)
+        solutions.append(_certify(
+            lambda v, damping=damping: matrix @ v + damping * v, b, x, single, rtol=rtol,
+            negative=negative, spectrum=(shifted[0], shifted[-1]), damping=float(damping),
+            method="eigh", dtype="float64"))  # fmt: skip
+    return solutions
+
+
+def conjugate_gradient(product, b, *, damping=0.0, rtol=1e-8, max_steps=1000, precondition=None,
+                       dtype="float64"):  # fmt: skip
+    """Return the solution of (A + damping I) X = B by conjugate gradients, all columns at once.
+
+    Hestenes & Stiefel 1952, preconditioned; one `tf.while_loop`, one product of k columns a step.
+    How this differs from a textbook loop:
+    1. vectors and dot products are float64, whatever `dtype` the product computes in;
+    2. each column stops by itself, on ||r|| <= rtol ||b||, and then no longer changes;
+    3. d'Ad <= 0 stops a column and is reported as negative curvature, never divided by;
+    4. when all columns have stopped the true residual is computed; columns that missed it (the
+       recursive residual drifts in float32) are restarted from it, at most twice.
+
+    Parameters
+    ----------
+    product : callable, V (p, k) -> A V, on tensors of `dtype`, usable inside a `tf.function`
+    b : (p,) or (p, k)
+    precondition : callable R (p, k) float64 -> M^-1 R, optional; M symmetric positive definite
+    """
+    b, single = columns_of(b)
+    run = tf.function(partial(_cg_loop, _in_float64(product, damping, dtype), precondition))
+    x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
+    steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
+    ritz = []
+    for _ in range(3):
+        stop = tf.constant(rtol * norms)
+        left = tf.constant(max_steps - int(steps.max(initial=0)))
+        correction, taken, met, alphas, betas = [t.numpy() for t in run(rhs, stop, left)]
+        x, steps, negative = x + correction, steps + taken, negative | met
+        ritz += [_ritz_values(alphas[:s, j], betas[:s, j]) for j, s in enumerate(taken) if s]
+        residual = b - run_product(product, x, damping, dtype)
+        missed = (np.linalg.norm(residual, axis=0) > rtol * norms) & ~negative
+        if not missed.any() or steps.max() >= max_steps:
+            break
+        rhs = residual * missed
+    spectrum = (min(r[0] for r in ritz), max(r[-1] for r in ritz)) if ritz else (np.nan, np.nan)
+    if precondition is not None:
+        spectrum = (np.nan, np.nan)  # those were eigenvalues of M^-1 A
+    return _certify(lambda v: run_product(product, v, damping, dtype), b, x, single, rtol=rtol,
+                    steps=steps, negative=negative, spectrum=spectrum, damping=damping,
+                    method="CG", dtype=dtype)  # fmt: skip
+
+
+def _in_float64(product, damping, dtype):
+    def matvec(v):
+        return tf.cast(product(tf.cast(v, dtype)), tf.float64) + damping * v
+
+    return matvec
+
+
+def run_product(product, x, damping, dtype):
+    """Return (A + damping I) x of a graph product, from NumPy to NumPy in float64."""
+    matvec = tf.function(_in_float64(product, damping, dtype))
+    return matvec(tf.constant(x, tf.float64)).numpy()
+
+
+def _cg_loop(matvec, precondition, b, stop, max_steps):
+    """Run CG from zero; return x, steps, negative curvature, and the coefficients of each step."""
+    precondition = precondition or (lambda r: r)
+
+    def step(i, x, r, d, rho, active, taken, negative, alphas, betas):
+        ad = matvec(d)
+        curvature = tf.reduce_sum(d * ad, 0)
+        bad = active & (curvature <= 0)
+        go = active & ~bad
+        alpha = tf.where(go, rho / tf.where(go, curvature, 1.0), 0.0)
+        x, r = x + alpha * d, r - alpha * ad
+        z = precondition(r)
+        rho_new = tf.reduce_sum(r * z, 0)
+        beta = tf.where(go, rho_new / tf.where(go, rho, 1.0), 0.0)
+        still = go & (tf.norm(r, axis=0) > stop)
+        d = tf.where(still, z + beta * d, 0.0)
+        taken, negative = taken + tf.cast(active, tf.int64), negative | bad
+        return (i + 1, x, r, d, rho_new, still, taken, negative,
+                alphas.write(i, alpha), betas.write(i, beta))  # fmt: skip
+
+    zero = tf.zeros_like(b)
+    z, k = precondition(b), tf.shape(b)[1]
+    active = (tf.norm(b, axis=0) > stop) & (tf.norm(b, axis=0) > 0)
+    history = [tf.TensorArray(tf.float64, 0, dynamic_size=True, element_shape=(None,))] * 2
+    state = (0, zero, b, tf.where(active, z, 0.0), tf.reduce_sum(b * z, 0), active,
+             tf.zeros(k, tf.int64), tf.zeros(k, tf.bool), *history)  # fmt: skip
+    state = tf.while_loop(
+        lambda i, x, r, d, rho, active, *rest: (i < max_steps) & tf.reduce_any(active), step, state
+    )
+    return state[1], state[6], state[7], state[8].stack(), state[9].stack()
+
+
+def _ritz_values(alphas, betas):
+    """Return the eigenvalues of the Lanczos matrix of CG's coefficients (Saad 2003, 6.7)."""
+    ok = alphas > 0
+    alphas, betas = alphas[ok], betas[ok]
+    if not len(alphas):
+        return np.array([np.nan])
+    diagonal = 1 / alphas + np.concatenate([[0], betas[:-1] / alphas[:-1]])
+    off = np.sqrt(np.maximum(betas[:-1], 0)) / alphas[:-1]
+    return scipy.linalg.eigh_tridiagonal(diagonal, off, eigvals_only=True)
+
+
+def solve(objective, b, *, solver="auto", damping=0.0, rtol=1e-8, max_steps=1000):
+    """Return the solution of (H + damping I) x = b for an objective, with its certificate.
+
+    solver : "cholesky" forms H, (p, p); "cg" uses Hessian-vector products only; "auto" takes
+    Cholesky up to 5,000 parameters. b : (p,) or columns (p, k).
+    """
+    if damping < 0:
+        raise ValueError(f"damping must not be negative, got {damping}.")
+    if len(b) != objective.p:
+        raise ValueError(f"b has {len(b)} rows, the objective {objective.p} parameters.")
+    if solver == "auto":
+        solver = "cholesky" if objective.p <= DENSE_LIMIT else "cg"
+    if solver == "cholesky":
+        return solve_cholesky(dense_hessian(objective), b, damping=damping, rtol=rtol)
+    if solver == "cg":
+        dtype = "float64" if objective.head else objective.dtype
+        return conjugate_gradient(hessian_operator(objective), b, damping=damping, rtol=rtol,
+                                  max_steps=max_steps, dtype=dtype)  # fmt: skip
+    raise ValueError(f"solver='{solver}' is not known: 'auto', 'cholesky' or 'cg'.")
