@@ -273,7 +273,8 @@ def dense_gauss_newton(objective):
 
 def _columns(objective, product, width=64):
     identity = np.eye(objective.p)
-    blocks = [product(objective, identity[:, j : j + width]).numpy()
-              for j in range(0, objective.p, width)]  # fmt: skip
+    blocks = [
+        product(objective, identity[:, j : j + width]).numpy() for j in range(0, objective.p, width)
+    ]
     h = np.concatenate(blocks, axis=1).astype(np.float64)
     return (h + h.T) / 2

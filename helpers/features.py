@@ -1,0 +1,141 @@
+"""Frozen features of pictures: any Keras backbone, cached under what they depend on."""
+
+import hashlib
+import json
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from tqdm.auto import tqdm
+
+from helpers import datasets
+from helpers.runtime import ROOT, folder
+
+
+class Backbone(NamedTuple):
+    """A frozen feature extractor: pictures (b, size, size, 3) in 0..255 -> features (b, d)."""
+
+    name: str
+    model: keras.Model
+    preprocess: callable
+    size: int
+
+
+def load_backbone(name, *, weights="imagenet", size=None):
+    """Return a Backbone.
+
+    name : "demo" (this project's small network, never trained on airplanes or cars), the name of a
+        `keras.applications` model such as "MobileNetV2" or "InceptionV3", or the path of a
+        `.keras` file that maps pictures in 0..255 to features.
+    weights : for `keras.applications`: "imagenet" (Keras' own cache, `KERAS_HOME`), a file, or None
+        for random weights.
+    """
+    if name == "demo":
+        name = str(ROOT / "data" / "embedded" / "demo_backbone.keras")
+    if str(name).endswith(".keras"):
+        return _from_file(Path(name))
+    build = getattr(keras.applications, name, None)
+    if not callable(build):
+        known = sorted(n for n, v in vars(keras.applications).items() if isinstance(v, type(build)))
+        raise ValueError(f"No keras.applications model is called '{name}'. {', '.join(known)}")
+    modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
+    module = next(m for m in modules if hasattr(m, name))
+    size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
+    try:
+        with _float32():
+            model = build(
+                include_top=False, pooling="avg", weights=weights, input_shape=(size, size, 3)
+            )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Could not load {name} with weights={weights!r}: {error}. For 'imagenet' connect to "
+            "the internet once, or put the no-top file into the folder 'models' of KERAS_HOME "
+            "(~/.keras by default)."
+        ) from error
+    model.trainable = False
+    return Backbone(name, model, module.preprocess_input, size)
+
+
+def _from_file(path):
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; `python -m helpers.backbone` makes the demo's."
+        )
+    with _float32():
+        model = keras.saving.load_model(path, compile=False)
+    model.trainable = False
+    return Backbone(path.stem, model, lambda x: x, int(model.input_shape[1]))
+
+
+@contextmanager
+def _float32():
+    """Backbones run in float32 and mathematics in float64: no digit of a photograph is lost."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+
+
+def extract(manifest, backbone, *, batch_size=64, cache=None):
+    """Return the features of a manifest's pictures, (n, d) float32, from the cache where possible.
+
+    The cache (data/derived/features) is keyed by the weights, the preprocessing, the size and the
+    bytes of every picture, so another model or a changed picture never meets an old file. An
+    interrupted run goes on where it stopped; a damaged file is noticed by its checksum and redone.
+    """
+    cache = Path(cache) if cache else folder("data", "derived", "features")
+    key = _key(manifest, backbone)
+    done, partial = cache / f"{key}.npy", cache / f"{key}.partial.npy"
+    record = cache / f"{key}.json"
+    if done.exists() and record.exists():
+        if json.loads(record.read_text())["sha256"] == _sha256(done):
+            return np.load(done)
+        print(f"{done.name} is damaged (checksum differs): extracting again.")
+    _fill(manifest, backbone, batch_size, partial)
+    note = {"sha256": _sha256(partial), "backbone": backbone.name, "pictures": len(manifest)}
+    record.write_text(json.dumps(note, indent=1))
+    partial.replace(done)
+    partial.with_suffix(".progress").unlink()
+    return np.load(done)
+
+
+def _fill(manifest, backbone, batch_size, partial):
+    """Write features batch by batch; `.progress` counts the rows that are safely on disk."""
+    n, d = len(manifest), int(backbone.model.output_shape[-1])
+    progress = partial.with_suffix(".progress")
+    start = int(progress.read_text()) if partial.exists() and progress.exists() else 0
+    mode = "r+" if start else "w+"
+    array = np.lib.format.open_memmap(partial, mode, dtype=np.float32, shape=(n, d))
+    drawn = manifest["path"].str.startswith("rendered:").all()
+    everything = datasets.pictures(manifest, backbone.size) if drawn else None
+    bar = tqdm(total=n, initial=start, desc=f"{backbone.name} features", unit="picture")
+    for first in range(start, n, batch_size):
+        rows = slice(first, first + batch_size)
+        batch = everything[rows] if drawn else datasets.pictures(manifest[rows], backbone.size)
+        inputs = backbone.preprocess(np.array(batch, np.float32))
+        array[rows] = backbone.model.predict_on_batch(inputs)
+        array.flush()
+        progress.write_text(str(min(first + batch_size, n)))
+        bar.update(len(batch))
+    bar.close()
+
+
+def _key(manifest, backbone):
+    digest = hashlib.sha256(f"{backbone.name} {backbone.size} ".encode())
+    digest.update(getattr(backbone.preprocess, "__module__", "").encode())
+    for weight in backbone.model.get_weights():
+        digest.update(np.ascontiguousarray(weight).tobytes())
+    digest.update(datasets.fingerprint(manifest).encode())
+    return digest.hexdigest()[:24]
+
+
+def _sha256(path):
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

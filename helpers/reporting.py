@@ -1,0 +1,190 @@
+"""Figures with the numbers behind them, picture grids, and verdict tables.
+
+Every notebook ends in verdicts: a claim, a criterion, a value, and one of the four words below.
+They are written to figures/<profile>/NN_verdicts.json; `python -m helpers.reporting demo` prints
+them all.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from helpers.runtime import ROOT, folder
+
+WORDS = ("reproduced", "partly", "not reproduced", "not run")
+
+
+class Verdict(NamedTuple):
+    """One claim and what became of it; `verdict` is one of WORDS."""
+
+    id: str
+    claim: str
+    criterion: str
+    value: float | None
+    verdict: str
+
+
+def verdict(id, claim, criterion, value, holds, *, partly=False):
+    """Return a Verdict: `holds` True, else `partly`; `holds` None means it was not run."""
+    word = "not run" if holds is None else WORDS[0 if holds else 1 if partly else 2]
+    value = None if value is None else float(value)
+    return Verdict(id, claim, criterion, value, word)
+
+
+def show_number(value):
+    """Return a number as text with three digits; rounding noise (below 1e-9) is said to be that."""
+    if value is None:
+        return "-"
+    if value != 0 and abs(value) < 1e-9:
+        return "below 1e-9"
+    return f"{value:.3g}"
+
+
+def verdict_table(verdicts):
+    """Return the verdicts as a table to show."""
+    table = pd.DataFrame(verdicts, columns=Verdict._fields)
+    table["value"] = [show_number(v.value) for v in verdicts]
+    pd.set_option("display.max_colwidth", 80, "display.width", 200)
+    return table[["id", "claim", "criterion", "value", "verdict"]].set_index("id")
+
+
+def write_verdicts(notebook, profile, parameters, verdicts):
+    """Write figures/<profile>/NN_verdicts.json and return the table to show.
+
+    `real` and `thesis` results carry the commit, versions and date they were made with; `demo`
+    results are the same wherever the locked packages run, so they carry the versions only.
+    """
+    import keras
+    import tensorflow as tf
+
+    record = {
+        "notebook": notebook,
+        "profile": profile,
+        "parameters": parameters,
+        "verdicts": [v._asdict() for v in verdicts],
+        "versions": {
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "numpy": np.__version__,
+        },
+        "command": f"make {'reproduce' if profile == 'demo' else profile}",
+    }
+    if profile != "demo":
+        record |= {
+            "commit": _commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        }
+    path = folder("figures", profile) / f"{notebook[:2]}_verdicts.json"
+    path.write_text(json.dumps(_plain(record), indent=1) + "\n")
+    return verdict_table(verdicts)
+
+
+def _commit():
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def save_figure(figure, name, profile, **numbers):
+    """Write figures/<profile>/<name>.png and, beside it, the plotted numbers as <name>.json."""
+    path = folder("figures", profile) / f"{name}.png"
+    figure.savefig(path)
+    if numbers:
+        path.with_suffix(".json").write_text(json.dumps(_plain(numbers)) + "\n")
+
+
+def _plain(value):
+    """Return JSON types, floats with six significant digits (arrays become lists)."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
+        return [_plain(v) for v in list(value)]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value
+
+
+def picture_grid(images, captions, *, columns=6, titles=None, size=1.5, title=None):
+    """Return a figure with one captioned picture a cell, readable at page width.
+
+    images : pictures (h, w, 3) uint8, or (h, w) grey; captions : text under each;
+    titles : one a row, written at its left; None leaves them out.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, squeeze=False, figsize=(size * columns, (size + 0.42) * rows)
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+        axis.grid(False)
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+        axis.set_xlabel(caption, fontsize=8, labelpad=3)
+    for axis, text in zip(axes[:, 0], titles or [], strict=False):
+        axis.set_ylabel(text, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def all_verdicts(profile):
+    """Return the verdicts of every notebook of a profile as one table, in notebook order."""
+    tables = []
+    for path in sorted((ROOT / "figures" / profile).glob("[0-9][0-9]_verdicts.json")):
+        record = json.loads(path.read_text())
+        table = pd.DataFrame(record["verdicts"], columns=Verdict._fields)
+        tables.append(table.assign(notebook=record["notebook"]))
+    if not tables:
+        return pd.DataFrame(columns=["notebook", *Verdict._fields])
+    return pd.concat(tables, ignore_index=True)
+
+
+def markdown_table(profile):
+    """Return the verdicts of a profile as a Markdown table for the README."""
+    lines = [
+        "| notebook | claim | criterion | value | verdict |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in all_verdicts(profile).itertuples():
+        link = f"[{row.notebook}](notebooks/{row.notebook}.ipynb)"
+        lines.append(
+            f"| {link} | {row.claim} (`{row.id}`) | {row.criterion} | "
+            f"{show_number(row.value)} | {row.verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def update_readme(path=ROOT / "README.md"):
+    """Rewrite the verdict tables between the README's markers."""
+    text = Path(path).read_text()
+    for profile in ("demo", "real"):
+        start, end = f"<!-- verdicts {profile} -->", f"<!-- end {profile} -->"
+        if start in text:
+            head, rest = text.split(start)
+            text = f"{head}{start}\n{markdown_table(profile)}\n{end}{rest.split(end)[1]}"
+    Path(path).write_text(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--readme"]:
+        update_readme()
+    else:
+        print(markdown_table(sys.argv[1] if len(sys.argv) > 1 else "demo"))
