@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -88,17 +89,10 @@ def run(source, target, parameters=None, *, html=True):
     in_place = source.resolve() == target.resolve()
     partial = target.with_suffix(".partial.ipynb")
     started = time.perf_counter()
-    papermill.execute_notebook(
-        source,
-        partial,
-        parameters,
-        cwd=source.parent,
-        kernel_name="python3",
-        progress_bar=False,
-        log_output=False,
-        request_save_on_cell_execute=False,
-        raise_on_iopub_timeout=True,
-    )
+    with _stderr_to(target.with_suffix(".log")):
+        papermill.execute_notebook(
+            source, partial, parameters, cwd=source.parent, kernel_name="python3", progress_bar=False
+        )
     executed = tidy(nbformat.read(partial, 4), in_place=in_place)
     nbformat.write(executed, partial)
     partial.replace(target)
@@ -106,6 +100,21 @@ def run(source, target, parameters=None, *, html=True):
         body, _ = HTMLExporter().from_notebook_node(executed)
         target.with_suffix(".html").write_text(body)
     return time.perf_counter() - started
+
+
+@contextmanager
+def _stderr_to(path):
+    """Send what the kernel logs to a file, which stays only if the run fails."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(path, "w") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+    path.unlink()
 
 
 def run_profile(profile, names, *, in_place=False):

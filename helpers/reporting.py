@@ -5,6 +5,7 @@ They are written to figures/<profile>/NN_verdicts.json; `python -m helpers.repor
 them all.
 """
 
+import io
 import json
 import platform
 import subprocess
@@ -40,7 +41,7 @@ def verdict(id, claim, criterion, value, holds, *, partly=False):
 
 def show_number(value):
     """Return a number as text with three digits; rounding noise (below 1e-9) is said to be that."""
-    if value is None:
+    if value is None or np.isnan(value):
         return "-"
     if value != 0 and abs(value) < 1e-9:
         return "below 1e-9"
@@ -97,11 +98,23 @@ def _commit():
 
 
 def save_figure(figure, name, profile, **numbers):
-    """Write figures/<profile>/<name>.png and, beside it, the plotted numbers as <name>.json."""
+    """Write figures/<profile>/<name>.png, the plotted numbers as <name>.json; return the picture.
+
+    What a notebook shows is the file itself, so the two can not differ. A palette of 128 colours
+    keeps sheets of pictures small.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+    from PIL import Image as Raster
+
     path = folder("figures", profile) / f"{name}.png"
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 100))
+    plt.close(figure)
+    Raster.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
     if numbers:
         path.with_suffix(".json").write_text(json.dumps(_plain(numbers)) + "\n")
+    return Image(path)
 
 
 def _plain(value):
@@ -142,6 +155,7 @@ def picture_grid(images, captions, *, columns=6, titles=None, size=1.5, title=No
         axis.set_ylabel(text, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
+    figure.file_dpi = 80  # pictures hold noise, which no compression makes small
     return figure
 
 

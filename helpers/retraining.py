@@ -58,13 +58,17 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
             "Without weight decay a separable problem has no minimum: pass "
             "weight_decay > 0 (the thesis uses 1e-3)."
         )
-    theta, steps = _newton(head, objective.theta, tol, max_steps)
+    theta, steps = newton(head, objective.theta, tol, max_steps)
     objective.theta = theta
     norm = float(np.linalg.norm(head.gradient(objective.theta)))
     return Fit(norm, steps, head.loss(objective.theta), norm <= max(tol, 1e-10))
 
 
-def _newton(head, theta, tol, max_steps, **left_out):
+def newton(head, theta, tol, max_steps, **left_out):
+    """Return the theta (p,) that Newton's method reaches from `theta`, and the steps it took.
+
+    `weight` (n,) and `n` replace the head's own, for a fit that leaves points out.
+    """
     loss = head.loss(theta, **left_out)
     for step in range(max_steps):
         gradient = head.gradient(theta, **left_out)
@@ -214,7 +218,7 @@ class Removals:
     def _refit_alone(self, theta, row, tol):
         weight = self.head.weight.copy()
         weight[row] = 0.0
-        return _newton(self.head, theta, tol, 100, weight=weight, n=self.head.n - 1)[0]
+        return newton(self.head, theta, tol, 100, weight=weight, n=self.head.n - 1)[0]
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for refits (p, k), (m, k) nats."""
