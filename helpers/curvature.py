@@ -64,8 +64,8 @@ def _summed_gradient(objective):
 def hvp(objective, vectors):
     """Return H v, or H V for columns V (p, k), with H the Hessian of L at theta.
 
-    Reverse-over-reverse (Pearlmutter 1994): d/dtheta of grad L . v. Same shape as `vectors`, in the
-    model's dtype; a last Dense layer is always float64. Regulariser included, damping not.
+    Reverse-over-reverse (Pearlmutter 1994): d/dtheta of grad L . v, computed in the model's dtype
+    (float64 for a last Dense layer), returned like `vectors`. Regulariser included, damping not.
     """
     return _product(objective, vectors, _head_hvp if objective.head else _hvp)
 
@@ -89,7 +89,7 @@ def _product(objective, vectors, columns):
     dtype = "float64" if objective.head else objective.dtype
     vectors = tf.cast(vectors, dtype)
     matrix = vectors[:, None] if vectors.shape.rank == 1 else vectors
-    result = columns(objective, matrix)
+    result = columns(objective, matrix).numpy().astype(np.float64)
     return result[:, 0] if vectors.shape.rank == 1 else result
 
 
@@ -273,8 +273,6 @@ def dense_gauss_newton(objective):
 
 def _columns(objective, product, width=64):
     identity = np.eye(objective.p)
-    blocks = [
-        product(objective, identity[:, j : j + width]).numpy() for j in range(0, objective.p, width)
-    ]
-    h = np.concatenate(blocks, axis=1).astype(np.float64)
+    blocks = [product(objective, identity[:, j : j + width]) for j in range(0, objective.p, width)]
+    h = np.concatenate(blocks, axis=1)
     return (h + h.T) / 2

@@ -91,7 +91,13 @@ def run(source, target, parameters=None, *, html=True):
     started = time.perf_counter()
     with _stderr_to(target.with_suffix(".log")):
         papermill.execute_notebook(
-            source, partial, parameters, cwd=source.parent, kernel_name="python3", progress_bar=False
+            source,
+            partial,
+            parameters,
+            cwd=source.parent,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
         )
     executed = tidy(nbformat.read(partial, 4), in_place=in_place)
     nbformat.write(executed, partial)

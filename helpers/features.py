@@ -39,7 +39,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
         return _from_file(Path(name))
     build = getattr(keras.applications, name, None)
     if not callable(build):
-        known = sorted(n for n, v in vars(keras.applications).items() if isinstance(v, type(build)))
+        known = sorted(n for n in dir(keras.applications) if n[0].isupper())
         raise ValueError(f"No keras.applications model is called '{name}'. {', '.join(known)}")
     modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
     module = next(m for m in modules if hasattr(m, name))

@@ -375,7 +375,7 @@ def _decay(model, variables, weight_decay, decayed):
             "per-example loss, so that each example carries its share."
         )
     if weight_decay is None:
-        if getattr(model.optimizer, "weight_decay", None):
+        if getattr(getattr(model, "optimizer", None), "weight_decay", None):
             raise ValueError(
                 "The model was compiled with decoupled weight decay (AdamW), which "
                 "minimises no fixed objective: pass weight_decay= yourself."

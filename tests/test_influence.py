@@ -1,0 +1,186 @@
+"""Influence against its definition: refits, finite differences, closed forms, and the sign."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import BINARY, Problem
+
+from helpers import influence, models, retraining
+from helpers.objective import Objective
+
+
+def predictions(problem, **options):
+    solution = influence.s_test(problem.objective, problem.x_test, problem.y_test, **options)
+    return influence.predicted_loss_change(problem.objective, solution)
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_rows_sum_to_zero_at_the_optimum(name, request):
+    problem = request.getfixturevalue(name)
+    assert problem.fit.gradient_norm <= 1e-10
+    assert np.abs(predictions(problem).sum(1)).max() <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_prediction_is_the_derivative_of_a_refit(name, request):
+    """d loss(z_test) / d weight, weights rescaled to sum n: slope 1 within 1e-5."""
+    problem = request.getfixturevalue(name)
+    predicted, step, i = predictions(problem), 1e-3, 3
+    losses = []
+    for sign in (1, -1):
+        weight = np.ones(len(problem.x))
+        weight[i] -= sign * step
+        weight *= len(weight) / weight.sum()
+        model = keras.models.clone_model(problem.model)
+        other = Objective(
+            model,
+            problem.loss,
+            problem.x,
+            problem.y,
+            sample_weight=weight,
+            weight_decay=problem.weight_decay,
+            decayed="all",
+        )
+        other.theta = problem.objective.theta
+        retraining.fit_head(other, tol=1e-13)
+        losses.append(other.losses(problem.x_test, problem.y_test))
+    slope = (losses[0] - losses[1]) / (2 * step)
+    np.testing.assert_allclose(slope, predicted[:, i], rtol=1e-5, atol=1e-9)
+
+
+def test_removing_a_mislabelled_twin_lowers_the_test_loss():
+    """The sign in words: a harmful point has a negative predicted change."""
+    problem = Problem(100, 1, 6, 2)
+    x = np.concatenate([problem.x, problem.x_test])
+    y = np.concatenate([problem.y, 1 - problem.y_test])  # the test point itself, wrongly labelled
+    objective = Objective(models.linear_head(6), BINARY, x, y, weight_decay=1e-2)
+    retraining.fit_head(objective)
+    solution = influence.s_test(objective, problem.x_test, problem.y_test)
+    change = influence.predicted_loss_change(objective, solution)[0]
+    assert change.argmin() == 100
+    assert change[100] < 0
+    assert influence.influence_on_loss(objective, solution)[0, 100] == -101 * change[100]
+
+
+def test_ridge_regression_newton_step_is_exact_removal():
+    """Squared loss: the Newton prediction equals the closed-form leave-one-out to 1e-10."""
+    rng = np.random.default_rng(0)
+    x, y, wd = rng.normal(size=(30, 4)), rng.normal(size=30), 0.3
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, use_bias=False)])
+    objective = Objective(model, keras.losses.MeanSquaredError(), x, y, weight_decay=wd)
+    retraining.fit_head(objective)
+    steps = retraining.Removals(objective).newton_steps(np.arange(30))
+    for i in range(30):
+        keep = np.arange(30) != i
+        h = 2 * x[keep].T @ x[keep] / 29 + wd * np.eye(4)
+        expected = np.linalg.solve(h, 2 * x[keep].T @ y[keep] / 29)
+        np.testing.assert_allclose(objective.theta + steps[:, i], expected, atol=1e-10)
+
+
+def test_cg_and_cholesky_give_the_same_influences(softmax):
+    exact = predictions(softmax)
+    np.testing.assert_allclose(predictions(softmax, solver="cg", rtol=1e-11), exact, atol=1e-10)
+
+
+def test_unregularised_share_is_what_sets_removal_right(binary):
+    """C4: with the regulariser's share the prediction is closer to the refits than without."""
+    problem = binary
+    removals = retraining.Removals(problem.objective)
+    rows = np.arange(len(problem.x))
+    actual = removals.loss_change(removals.exact(rows), problem.x_test, problem.y_test)
+    predicted = predictions(problem)
+    solution = influence.s_test(problem.objective, problem.x_test, problem.y_test)
+    share = problem.objective.decay * problem.objective.theta @ solution.x / len(problem.x)
+    without = predicted - share[:, None]
+    assert np.abs(predicted - actual).mean() < np.abs(without - actual).mean()
+
+
+def test_self_influence_has_sigma_squared(binary):
+    """C3: sigma^2 x'H^-1x, and not sigma x'H^-1x as in the code released with the paper."""
+    objective, x, y = binary.objective, binary.x, binary.y
+    p = 1 / (1 + np.exp(-x @ objective.theta))
+    h = (x * (p * (1 - p) / len(x))[:, None]).T @ x + binary.weight_decay * np.eye(x.shape[1])
+    q = np.einsum("nd,de,ne->n", x, np.linalg.inv(h), x)
+    ours = influence.self_influence(objective, x, y)
+    np.testing.assert_allclose(ours, (p - y) ** 2 * q, rtol=1e-10)
+    assert not np.allclose(ours, np.abs(p - y) * q, rtol=0.1)
+
+
+def test_self_influence_of_a_network(network):
+    objective, x, y = network
+    from helpers.curvature import dense_hessian, per_example_gradients
+
+    damping = 0.5
+    g = per_example_gradients(objective, x, y)
+    h = dense_hessian(objective) + damping * np.eye(objective.p)
+    expected = np.einsum("np,pq,nq->n", g, np.linalg.inv(h), g)
+    np.testing.assert_allclose(
+        influence.self_influence(objective, x, y, damping=damping), expected, rtol=1e-9
+    )
+
+
+def test_influence_wrt_input_has_the_closed_form_of_logistic_regression(binary):
+    """C5: d(s . grad loss) / dx = (p - y) s + p (1 - p) (s . x) theta."""
+    objective, x, y = binary.objective, binary.x[:5], binary.y[:5]
+    s = influence.s_test(objective, binary.x_test[:1], binary.y_test[:1]).x[:, 0]
+    p = 1 / (1 + np.exp(-x @ objective.theta))
+    expected = (p - y)[:, None] * s + (p * (1 - p) * (x @ s))[:, None] * objective.theta
+    ours = influence.influence_wrt_input(objective, s, x, y.astype(float))
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+
+
+def test_influence_wrt_input_by_finite_differences(network):
+    objective, x, y = network
+    from helpers.curvature import per_example_gradients
+
+    s = np.random.default_rng(0).normal(size=objective.p)
+    ours = influence.influence_wrt_input(objective, s, x[:2], y[:2])
+    step = 1e-6
+    for k in range(x.shape[1]):
+        up, down = x[:2].copy(), x[:2].copy()
+        up[:, k] += step
+        down[:, k] -= step
+        slope = (
+            (
+                per_example_gradients(objective, up, y[:2])
+                - per_example_gradients(objective, down, y[:2])
+            )
+            @ s
+            / (2 * step)
+        )
+        np.testing.assert_allclose(ours[:, k], slope, atol=1e-8)
+
+
+def test_integer_inputs_are_refused(network):
+    with pytest.raises(ValueError, match="real-valued"):
+        influence.influence_wrt_input(
+            network[0], np.ones(network[0].p), np.ones((2, 4), int), [0, 1]
+        )
+
+
+def test_a_float32_model_gives_float64_influences_through_its_head(binary):
+    keras.config.set_dtype_policy("float32")
+    try:
+        model = models.linear_head(12)
+    finally:
+        keras.config.set_dtype_policy("float64")
+    objective = Objective(model, BINARY, binary.x, binary.y, weight_decay=1e-2)
+    assert objective.dtype == "float32"
+    fit = retraining.fit_head(objective)
+    assert fit.gradient_norm < 1e-7
+    assert not fit.converged  # float32 weights cannot hold the minimum to 1e-10, and it says so
+    solution = influence.s_test(objective, binary.x_test, binary.y_test)
+    assert solution.dtype == "float64"
+    np.testing.assert_allclose(
+        influence.predicted_loss_change(objective, solution), predictions(binary), atol=1e-7
+    )
+
+
+def test_zero_test_gradient_has_zero_influence(binary):
+    """C9: a test point whose loss does not depend on theta has no influences, and no error."""
+    objective = binary.objective
+    x_test = np.zeros((1, 12))
+    solution = influence.s_test(objective, x_test, np.array([1]), solver="cg")
+    assert solution.converged.all()
+    assert not influence.predicted_loss_change(objective, tf.constant(solution.x)).any()

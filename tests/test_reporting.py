@@ -1,0 +1,94 @@
+"""Verdicts, figures and the README's tables."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pytest
+
+from helpers import evaluation, reporting, runtime
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_scratch_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(reporting, "ROOT", tmp_path)
+
+
+def verdicts():
+    return [
+        reporting.verdict("a", "claim a", "value >= 1", np.float64(1.2345), np.True_),
+        reporting.verdict("b", "claim b", "value >= 1", 0.5, False, partly=True),
+        reporting.verdict("c", "claim c", "value >= 1", 3e-14, False),
+        reporting.verdict("d", "claim d", "value >= 1", None, None),
+    ]
+
+
+def test_verdicts_are_written_and_read_back(tmp_path):
+    table = reporting.write_verdicts("04_influence", "demo", {"seed": 0}, verdicts())
+    assert table["verdict"].tolist() == ["reproduced", "partly", "not reproduced", "not run"]
+    assert table["value"].tolist() == ["1.23", "0.5", "below 1e-9", "-"]
+    record = json.loads((tmp_path / "figures" / "demo" / "04_verdicts.json").read_text())
+    assert record["parameters"] == {"seed": 0}
+    assert record["verdicts"][0] == {
+        "id": "a",
+        "claim": "claim a",
+        "criterion": "value >= 1",
+        "value": 1.2345,
+        "verdict": "reproduced",
+    }
+    assert "commit" not in record
+    assert reporting.all_verdicts("demo")["id"].tolist() == ["a", "b", "c", "d"]
+
+
+def test_the_readme_table_is_rewritten_between_its_markers(tmp_path):
+    reporting.write_verdicts("04_influence", "demo", {}, verdicts())
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- verdicts demo -->\nold\n<!-- end demo -->\nafter\n")
+    reporting.update_readme(readme)
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_figures_store_their_numbers(tmp_path):
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    axis.plot([1, 2])
+    shown = reporting.save_figure(
+        figure, "00_line", "demo", y=np.array([1 / 3, np.nan]), n=np.int64(2)
+    )
+    assert (tmp_path / "figures" / "demo" / "00_line.png").read_bytes() == shown.data
+    stored = json.loads((tmp_path / "figures" / "demo" / "00_line.json").read_text())
+    assert stored == {"y": [0.333333, None], "n": 2}
+    assert not plt.get_fignums()
+
+
+def test_picture_grids_hold_colour_and_grey_pictures():
+    grid = reporting.picture_grid(
+        [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8))], ["a", "b"], columns=3, titles=["row"]
+    )
+    assert len(grid.axes) == 3
+    assert grid.axes[0].get_xlabel() == "a"
+
+
+def test_agreement_has_slope_and_refuses_constants():
+    predicted = np.array([1.0, 2.0, 3.0, -1.0])
+    perfect = evaluation.agreement(predicted, 2 * predicted)
+    assert perfect == pytest.approx((1.0, 1.0, 2.0, 0.5))
+    with pytest.raises(ValueError, match="different loss changes"):
+        evaluation.agreement(np.zeros(5), predicted[:1].repeat(5))
+
+
+def test_test_points_are_chosen_by_rule():
+    losses = np.array([0.1, 3.0, 0.2, 0.9, 0.05, 0.01, 2.0, 0.02])
+    correct = losses < 1
+    points = evaluation.choose_test_points(losses, correct, k=2)
+    assert points["hardest correct"].tolist() == [3, 2]
+    assert points["misclassified"].tolist() == [1, 6]
+    assert not set(points["random correct"]) & {1, 2, 3, 6}

@@ -1,0 +1,114 @@
+"""Exact refits against scikit-learn and against each other."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import SOFTMAX
+from sklearn.linear_model import LogisticRegression
+
+from helpers import retraining
+from helpers.objective import Objective
+
+
+def test_fit_equals_scikit_learn(binary):
+    wd, n = binary.weight_decay, len(binary.x)
+    reference = LogisticRegression(
+        C=1 / (n * wd), fit_intercept=False, tol=1e-12, solver="newton-cholesky"
+    ).fit(binary.x, binary.y)
+    np.testing.assert_allclose(binary.objective.theta, reference.coef_[0], atol=1e-8)
+
+
+def test_exact_leave_one_out_equals_scikit_learn(binary):
+    """C4: C' = 1 / ((n - 1) wd)."""
+    wd, n = binary.weight_decay, len(binary.x)
+    rows = np.array([0, 17, 101])
+    thetas = retraining.Removals(binary.objective).exact(rows)
+    for k, i in enumerate(rows):
+        keep = np.arange(n) != i
+        reference = LogisticRegression(
+            C=1 / ((n - 1) * wd), fit_intercept=False, tol=1e-12, solver="newton-cholesky"
+        ).fit(binary.x[keep], binary.y[keep])
+        np.testing.assert_allclose(thetas[:, k], reference.coef_[0], atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_every_left_out_gradient_vanishes(name, request):
+    problem = request.getfixturevalue(name)
+    removals = retraining.Removals(problem.objective)
+    rows = np.arange(len(problem.x))
+    thetas = removals.exact(rows, batch=64)
+    for i in rows[::17]:
+        keep = rows != i
+        model = keras.models.clone_model(problem.model)
+        other = Objective(
+            model,
+            problem.loss,
+            problem.x[keep],
+            problem.y[keep],
+            weight_decay=problem.weight_decay,
+            decayed="all",
+        )
+        assert np.linalg.norm(other.head.gradient(thetas[:, i])) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_the_ladder_gets_better_with_every_rung(name, request):
+    from helpers.influence import predicted_loss_change, s_test
+
+    problem = request.getfixturevalue(name)
+    removals = retraining.Removals(problem.objective)
+    thetas = removals.exact(np.arange(len(problem.x)))
+    actual = removals.loss_change(thetas, problem.x_test, problem.y_test)
+    first = predicted_loss_change(
+        problem.objective, s_test(problem.objective, problem.x_test, problem.y_test)
+    )
+    second = removals.newton_loss_change(problem.x_test, problem.y_test)
+    assert np.linalg.norm(second - actual) < 0.3 * np.linalg.norm(first - actual)
+
+
+def test_newton_matrix_is_the_evaluated_newton_step(binary):
+    removals = retraining.Removals(binary.objective)
+    steps = removals.newton_steps(np.arange(len(binary.x)))
+    direct = removals.loss_change(
+        binary.objective.theta[:, None] + steps, binary.x_test, binary.y_test
+    )
+    fast = removals.newton_loss_change(binary.x_test, binary.y_test)
+    np.testing.assert_allclose(fast, direct, atol=1e-13)
+
+
+def test_leverage_lies_between_zero_and_one(softmax):
+    leverage = retraining.Removals(softmax.objective).leverage
+    assert leverage.shape == (len(softmax.x),)
+    assert (leverage > 0).all()
+    assert (leverage < 1).all()
+
+
+def test_a_separable_problem_without_decay_is_refused(binary):
+    objective = binary.bind(weight_decay=0.0)
+    with pytest.raises(ValueError, match="weight decay"):
+        retraining.fit_head(objective)
+
+
+def test_a_network_has_no_exact_fit(network):
+    with pytest.raises(ValueError, match="last_layer"):
+        retraining.fit_head(network[0])
+
+
+def test_weighted_fit_drops_a_point(softmax):
+    """Weight zero is removal, up to the n in the mean: the rescaled fit equals the left-out one."""
+    n, i = len(softmax.x), 5
+    weight = np.ones(n)
+    weight[i] = 0.0
+    model = keras.models.clone_model(softmax.model)
+    weighted = Objective(
+        model,
+        SOFTMAX,
+        softmax.x,
+        softmax.y,
+        weight_decay=softmax.weight_decay,
+        decayed="all",
+        sample_weight=weight * n / (n - 1),
+    )
+    retraining.fit_head(weighted)
+    exact = retraining.Removals(softmax.objective).exact([i])[:, 0]
+    np.testing.assert_allclose(weighted.theta, exact, atol=1e-8)

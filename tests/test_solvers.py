@@ -1,0 +1,148 @@
+"""Solvers against dense solves, on easy, hard, indefinite and trivial systems."""
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import tensorflow as tf
+
+from helpers import solvers
+
+
+def spd(p, condition, seed=0):
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(p, p)))
+    return (q * np.geomspace(1 / condition, 1, p)) @ q.T
+
+
+def product_with(matrix, dtype="float64"):
+    a = tf.constant(matrix, dtype)
+    return lambda v: tf.matmul(a, v)
+
+
+@pytest.mark.parametrize("condition", [1, 10, 1e3, 1e6])
+@pytest.mark.parametrize("k", [1, 5, 60])  # 60 right-hand sides of 40 unknowns: none may be dropped
+def test_cg_equals_a_dense_solve(condition, k):
+    a, b = spd(40, condition), np.random.default_rng(1).normal(size=(40, k))
+    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-9)
+    assert solution.converged.all()
+    exact = np.linalg.solve(a, b)
+    error = np.linalg.norm(solution.x - exact, axis=0) / np.linalg.norm(exact, axis=0)
+    assert error.max() <= 1e-9 * condition  # the residual bounds the error times the condition
+
+
+def test_cg_agrees_with_scipy_and_tensorflow():
+    a, b = spd(30, 50), np.random.default_rng(2).normal(size=30)
+    ours = solvers.conjugate_gradient(product_with(a), b, rtol=1e-12).x
+    scipys, info = scipy.sparse.linalg.cg(a, b, rtol=1e-12)
+    operator = tf.linalg.LinearOperatorFullMatrix(
+        a, is_self_adjoint=True, is_positive_definite=True
+    )
+    tfs = tf.linalg.experimental.conjugate_gradient(
+        operator, tf.constant(b), tol=1e-12, max_iter=200
+    ).x
+    assert info == 0
+    np.testing.assert_allclose(ours, scipys, atol=1e-9)
+    np.testing.assert_allclose(ours, tfs, atol=1e-9)
+
+
+def test_residual_is_the_true_one():
+    a, b = spd(40, 1e4), np.random.default_rng(3).normal(size=(40, 3))
+    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-2, damping=0.1)
+    residual = np.linalg.norm(b - a @ solution.x - 0.1 * solution.x, axis=0)
+    np.testing.assert_allclose(
+        solution.relative_residual, residual / np.linalg.norm(b, axis=0), rtol=1e-10
+    )
+
+
+def test_columns_stop_by_themselves():
+    a, b = np.diag([1.0, 2.0, 3.0, 4.0]), np.eye(4)[:, :2]
+    b = np.concatenate([b, np.ones((4, 1))], axis=1)
+    assert solvers.conjugate_gradient(product_with(a), b).steps.tolist() == [1, 1, 4]
+
+
+def test_zero_right_hand_side_gives_zero():
+    b = np.zeros((6, 2))
+    b[:, 1] = 1
+    solution = solvers.conjugate_gradient(product_with(spd(6, 10)), b)
+    assert not solution.x[:, 0].any()
+    assert solution.converged.all()
+    assert solution.steps[0] == 0
+
+
+def test_negative_curvature_stops_and_says_so():
+    a = np.diag([2.0, 1.0, -0.5])
+    solution = solvers.conjugate_gradient(product_with(a), np.ones(3))
+    assert solution.negative_curvature.all()
+    assert not solution.converged.any()
+    assert "NEGATIVE CURVATURE" in str(solution)
+    assert np.isfinite(solution.x).all()
+    healed = solvers.conjugate_gradient(product_with(a), np.ones(3), damping=0.6)
+    assert healed.converged.all()
+
+
+def test_too_few_steps_are_reported():
+    solution = solvers.conjugate_gradient(product_with(spd(50, 1e6)), np.ones(50), max_steps=3)
+    assert not solution.converged.any()
+    assert "NOT CONVERGED" in str(solution)
+
+
+def test_float32_products_reach_float64_residuals_by_restarts():
+    """The recursive residual of float32 products drifts; the certificate must not."""
+    a, b = spd(60, 1e4), np.random.default_rng(4).normal(size=(60, 2))
+    a32 = a.astype(np.float32)
+    solution = solvers.conjugate_gradient(
+        product_with(a32, "float32"), b, rtol=1e-5, dtype="float32"
+    )
+    fresh = (a32 @ solution.x.astype(np.float32)).astype(float)
+    residual = np.linalg.norm(b - fresh, axis=0) / np.linalg.norm(b, axis=0)
+    np.testing.assert_allclose(solution.relative_residual, residual, rtol=0.5)
+    assert solution.converged.tolist() == (solution.relative_residual <= 1e-5).tolist()
+
+
+def test_a_preconditioner_saves_steps():
+    a, b = spd(80, 1e5), np.random.default_rng(5).normal(size=(80, 2))
+    near = np.linalg.inv(a + 1e-4 * spd(80, 10, seed=9))
+    plain = solvers.conjugate_gradient(product_with(a), b, rtol=1e-8)
+    helped = solvers.conjugate_gradient(
+        product_with(a), b, rtol=1e-8, precondition=lambda r: tf.matmul(tf.constant(near), r)
+    )
+    assert helped.converged.all()
+    assert helped.steps.max() < plain.steps.max() / 2
+    np.testing.assert_allclose(helped.x, np.linalg.solve(a, b), rtol=1e-3, atol=1e-2)
+
+
+def test_cg_brackets_the_spectrum_from_inside():
+    a = spd(40, 1e3)
+    solution = solvers.conjugate_gradient(product_with(a), np.ones((40, 1)), rtol=1e-12)
+    values = np.linalg.eigvalsh(a)
+    assert values[0] * (1 - 1e-9) <= solution.lambda_min <= values[0] * 1.5
+    assert values[-1] * 0.9 <= solution.lambda_max <= values[-1] * (1 + 1e-9)
+
+
+def test_cholesky_and_eigh_share_the_damping_convention():
+    a, b = spd(20, 100), np.random.default_rng(6).normal(size=(20, 3))
+    for damping, solution in zip((0.0, 0.5), solvers.solve_eigh(a, b, (0.0, 0.5)), strict=True):
+        expected = np.linalg.solve(a + damping * np.eye(20), b)
+        np.testing.assert_allclose(solution.x, expected, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(
+            solvers.solve_cholesky(a, b, damping=damping).x, expected, rtol=1e-9, atol=1e-10
+        )
+
+
+def test_cholesky_refuses_an_indefinite_matrix_in_words():
+    with pytest.raises(np.linalg.LinAlgError, match="add damping"):
+        solvers.solve_cholesky(np.diag([1.0, -1.0]), np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [({"solver": "lu"}, "not known"), ({"damping": -1.0}, "negative")]
+)
+def test_bad_options_are_refused(binary, options, word):
+    with pytest.raises(ValueError, match=word):
+        solvers.solve(binary.objective, np.ones(binary.objective.p), **options)
+
+
+@pytest.mark.parametrize(("b", "word"), [(np.ones(3), "parameters"), (np.full(12, np.nan), "NaN")])
+def test_bad_right_hand_sides_are_refused(binary, b, word):
+    with pytest.raises(ValueError, match=word):
+        solvers.solve(binary.objective, b)
