@@ -27,8 +27,9 @@ def compiled(function):
     """Keep one `tf.function` of `function(objective, ...)` on the objective it was called with."""
 
     def call(objective, *args):
-        cache = objective.__dict__.setdefault("_compiled", {})
+        cache = objective.compiled
         if function not in cache:
+            _ = objective.head  # built here, since it can not be inside a graph
             cache[function] = tf.function(partial(function, objective), reduce_retracing=True)
         return cache[function](*args)
 
@@ -79,10 +80,13 @@ def gauss_newton_product(objective, vectors):
     return _product(objective, vectors, _head_hvp if objective.head else _gnvp)
 
 
-def hessian_operator(objective, *, gauss_newton=False):
-    """Return V -> H V (or G V) on tensors (p, k), to be called inside a `tf.function`."""
+def hessian_operator(objective, *, gauss_newton=False, rows=None):
+    """Return V -> H V (or G V) on tensors (p, k), to be called inside a `tf.function`.
+
+    `rows`, a tensor of indices, takes the mean over those training examples only.
+    """
     product = _head_hvp if objective.head else _gnvp if gauss_newton else _hvp
-    return partial(product.graph, objective)
+    return partial(product.graph, objective, rows=rows)
 
 
 def _product(objective, vectors, columns):
@@ -94,21 +98,25 @@ def _product(objective, vectors, columns):
 
 
 @compiled
-def _head_hvp(objective, vectors):
+def _head_hvp(objective, vectors, rows=None):
     """H V = (1/n) phi' [A (phi V)] + decay V: two GEMMs."""
     head = objective.head
-    phi, k = head.phi_tensor, tf.shape(vectors)[1]
-    theta = objective.flatten(objective.tensors)
-    outputs = tf.matmul(phi, tf.reshape(tf.cast(theta, phi.dtype), (head.d, head.c)))
-    a = head.tf_curvatures(tf.constant(head.y), outputs) * head.weight[:, None, None]
+    phi, y, weight = head.tensors
+    if rows is not None:
+        phi, y, weight = (tf.gather(t, rows) for t in head.tensors)
+    n, k = tf.shape(phi)[0], tf.shape(vectors)[1]
+    theta = tf.cast(objective.flatten(objective.tensors), phi.dtype)
+    a = head.tf_curvatures(y, tf.matmul(phi, tf.reshape(theta, (head.d, head.c))))
     moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
-    moved = tf.matmul(a, tf.reshape(moved, (head.n, head.c, k)))
-    back = tf.matmul(phi, tf.reshape(moved, (head.n, -1)), transpose_a=True)
-    return tf.reshape(back, tf.shape(vectors)) / head.n + head.decay[:, None] * vectors
+    moved = tf.matmul(a * weight[:, None, None], tf.reshape(moved, (n, head.c, k)))
+    back = tf.matmul(phi, tf.reshape(moved, (n, -1)), transpose_a=True)
+    return tf.reshape(back, tf.shape(vectors)) / tf.cast(n, phi.dtype) + (
+        head.decay[:, None] * vectors
+    )
 
 
 @compiled
-def _hvp(objective, vectors):
+def _hvp(objective, vectors, rows=None):
     def one_vector(x, y, weight, vector):
         parts = objective.unflatten(vector)
         with tf.GradientTape() as outer:
@@ -118,11 +126,11 @@ def _hvp(objective, vectors):
             dot = _dot(gradient, parts)
         return objective.flatten(outer.gradient(dot, objective.tensors))
 
-    return _regularised(objective, vectors, one_vector)
+    return _regularised(objective, vectors, one_vector, rows)
 
 
 @compiled
-def _gnvp(objective, vectors):
+def _gnvp(objective, vectors, rows=None):
     def one_vector(x, y, weight, vector):
         parts = objective.unflatten(vector)
         with tf.GradientTape(persistent=True) as tape:
@@ -144,19 +152,22 @@ def _gnvp(objective, vectors):
         bent = outer.gradient(dot, outputs)  # A J v
         return objective.flatten(tape.gradient(outputs, objective.tensors, output_gradients=bent))
 
-    return _regularised(objective, vectors, one_vector)
+    return _regularised(objective, vectors, one_vector, rows)
 
 
-def _regularised(objective, vectors, one_vector):
+def _regularised(objective, vectors, one_vector, rows):
     """Return the batch sums of `one_vector` over n, for every column, plus decay * V."""
-    rows = tf.transpose(vectors)
+    columns = tf.transpose(vectors)
 
     def one_batch(x, y, weight):
-        return _map_rows(objective, lambda v: one_vector(x, y, weight, v), rows)
+        return _map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
 
-    total = tf.transpose(objective.accumulate(one_batch, tf.zeros_like(rows)))
+    if rows is None:
+        total = objective.accumulate(one_batch, tf.zeros_like(columns)) / objective.n
+    else:
+        total = one_batch(*objective.gather(rows)) / tf.cast(len(rows), vectors.dtype)
     decay = tf.constant(objective.decay[:, None], objective.dtype)
-    return total / objective.n + decay * vectors
+    return tf.transpose(total) + decay * vectors
 
 
 def _map_rows(objective, function, rows):

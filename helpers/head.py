@@ -38,7 +38,8 @@ class Head:
         batches = [(self._features(x), y.numpy(), w.numpy()) for x, y, w in objective.batches()]
         phi, y, weight = (np.concatenate(parts) for parts in zip(*batches, strict=True))
         self.phi, self.y, self.weight = phi, y, weight.astype(np.float64)
-        self.phi_tensor = tf.constant(phi)  # made outside every graph, so captured and not copied
+        # made outside every graph, so that graphs capture and do not copy them
+        self.tensors = tf.constant(phi), tf.constant(y), tf.constant(self.weight)
 
     @classmethod
     def of(cls, objective):

@@ -11,7 +11,17 @@ from helpers.curvature import compiled, dense_hessian, gradient_dots, per_exampl
 from helpers.solvers import Cholesky, Solution, damped, solve
 
 
-def s_test(objective, x_test, y_test, *, solver="auto", damping=0.0, rtol=1e-8, max_steps=1000):
+def s_test(
+    objective,
+    x_test,
+    y_test,
+    *,
+    solver="auto",
+    damping="auto",
+    rtol=1e-8,
+    max_steps=1000,
+    **options,
+):
     """Return s_test = (H + damping I)^-1 grad loss(z_test), one column a test point, as a Solution.
 
     Koh & Liang 2017, section 3. The test gradients carry no regulariser; H is of the whole

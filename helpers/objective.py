@@ -61,6 +61,7 @@ class Objective:
         memory_budget=2**30,
     ):
         self.model = model
+        self.compiled = {}  # one tf.function a kind of product, freed with the objective
         self.memory_budget = memory_budget
         if not isinstance(x, tf.data.Dataset):
             x = _as_arrays(x)
@@ -147,6 +148,22 @@ class Objective:
                 x, y, weight = keras.tree.map_structure(lambda a, r=rows: a[r], self._data)
                 total += function(x, y, weight)
         return total
+
+    def gather(self, rows):
+        """Return (x, y, weight) of the training examples with these indices."""
+        if self._dataset is not None:
+            raise ValueError("Random batches need the training data in memory, not streamed.")
+        return keras.tree.map_structure(lambda a: tf.gather(a, rows), self._data)
+
+    def subset(self, rows):
+        """Return the same objective over these training examples only."""
+        part = copy.copy(self)
+        part._data, part.n = self.gather(rows), len(rows)
+        part.batch_size = min(self.batch_size, part.n)
+        part.compiled = {}
+        for cached in ("head", "_compiled_losses"):
+            part.__dict__.pop(cached, None)
+        return part
 
     def affordable_batch(self, bytes_an_example):
         """Return how many examples fit the memory budget, at least 1."""

@@ -23,10 +23,11 @@ def test_the_committed_file_is_small_and_loads_as_it_is(committed):
 def test_features_are_finite_and_tell_pictures_apart(committed):
     rows = rendering.plan(n_train=4, n_test=2, n_duplicates=0, n_swapped=0, n_ambiguous=0)
     pictures = np.stack([rendering.draw(row) for row in rows.to_dict("records")])
-    features = np.asarray(committed(pictures.astype("float32")))
+    features = keras.ops.convert_to_numpy(committed(pictures.astype("float32")))
     assert np.isfinite(features).all()
     assert (features >= 0).all()
     assert np.linalg.matrix_rank(features) == len(rows)
+    assert 200 < (features**2).sum(axis=1).mean() < 1200  # the regime of features of photographs
 
 
 def test_no_target_is_among_the_pretext_classes():

@@ -49,6 +49,7 @@ def test_the_full_manifest_has_the_stated_counts():
     assert len(rows) == 2600
     assert rows["id"].is_unique
     assert (rows["index"] == np.arange(2600)).all()
+    assert rows["scene"].dtype.kind == "i"
     sizes = rows.groupby(["split", "subtype"]).size()
     assert sizes["train", "airliner"] == 1000
     assert sizes["test", "airliner"] == 300
