@@ -230,11 +230,10 @@ def pictures(manifest, size):
 def _drawn(manifest, size):
     """Return drawn pictures; sets of 200 and more are drawn in parallel and cached."""
     seed = int(manifest["path"].iloc[0].split(":")[1])
-    source = Path(rendering.__file__).read_bytes()
     rows = manifest.to_dict("records")
     if len(rows) < 200:
         return np.stack([rendering.draw(row, seed=seed, size=size) for row in rows])
-    key = hashlib.sha256(source + manifest.to_csv().encode()).hexdigest()[:16]
+    key = hashlib.sha256(_renderer() + manifest.to_csv().encode()).hexdigest()[:16]
     path = folder("data", "derived", "rendered") / f"{key}-{size}.npy"
     if not path.exists():
         jobs = (joblib.delayed(rendering.draw)(row, seed=seed, size=size) for row in rows)
@@ -246,11 +245,16 @@ def _drawn(manifest, size):
     return np.load(path, mmap_mode="r")
 
 
+def _renderer():
+    """Return the renderer's source and meshes: a changed renderer draws other pictures."""
+    return Path(rendering.__file__).read_bytes() + rendering.MESH_FILE.read_bytes()
+
+
 def fingerprint(manifest):
     """Return the sha256 of every picture's bytes, in order: what a feature cache is keyed by."""
     digest = hashlib.sha256()
     if manifest["path"].str.startswith("rendered:").all():
-        digest.update(Path(rendering.__file__).read_bytes() + manifest.to_csv().encode())
+        digest.update(_renderer() + manifest.to_csv().encode())
     else:
         for path in manifest["path"]:
             digest.update(hashlib.sha256(read_bytes(path)).digest())

@@ -7,8 +7,91 @@ point is helpful. `influence_on_loss` is Koh & Liang's I_up,loss = -n times that
 import numpy as np
 import tensorflow as tf
 
-from helpers.curvature import compiled, dense_hessian, gradient_dots, per_example_gradients
-from helpers.solvers import Cholesky, Solution, damped, solve
+from helpers.approximations import (
+    gauss_newton_preconditioner,
+    nystroem_preconditioner,
+    solve_lissa,
+    solve_low_rank,
+)
+from helpers.curvature import (
+    compiled,
+    dense_gauss_newton,
+    dense_hessian,
+    gradient_dots,
+    hessian_operator,
+    is_vectorisable,
+    per_example_gradients,
+)
+from helpers.solvers import (
+    Cholesky,
+    Solution,
+    columns_of,
+    conjugate_gradient,
+    damped,
+    solve_cholesky,
+    solve_eigh,
+)
+from helpers.spectrum import choose_damping
+
+DENSE_LIMIT = 5_000  # parameters up to which a dense matrix is formed by default: 200 MB
+
+
+def ihvp(objective, b, *, solver="auto", damping="auto", rtol=1e-8, max_steps=1000, **options):
+    """Return the solution of (H + damping I) x = b for an objective, with its certificate.
+
+    solver : "auto" (Cholesky for a head of up to 5,000 parameters, else CG), "cholesky" or "eigh"
+        (form H), "cg" (products only), "gauss_newton" (Cholesky of G + damping I in the place of
+        H), "lissa", "low_rank"; `options` go to the solver.
+    damping : a number, or "auto" for `spectrum.choose_damping`.
+    """
+    if len(b) != objective.p:
+        raise ValueError(f"b has {len(b)} rows, the objective {objective.p} parameters.")
+    columns_of(b)
+    if damping == "auto":
+        damping = choose_damping(objective).value
+    if damping < 0:
+        raise ValueError(f"damping must not be negative, got {damping}.")
+    if solver == "auto":
+        solver = "cholesky" if objective.head and objective.p <= DENSE_LIMIT else "cg"
+    shared = {"damping": damping, "rtol": rtol, **options}
+    if solver == "cholesky":
+        return solve_cholesky(dense_hessian(objective), b, **shared)
+    if solver == "gauss_newton":
+        return solve_cholesky(dense_gauss_newton(objective), b, **shared)._replace(
+            method="Cholesky of the Gauss-Newton matrix"
+        )
+    if solver == "eigh":
+        return solve_eigh(dense_hessian(objective), b, damping, rtol=rtol)[0]
+    if solver == "cg":
+        return _ihvp_cg(objective, b, max_steps=max_steps, **shared)
+    if solver == "lissa":
+        return solve_lissa(objective, b, **shared)
+    if solver == "low_rank":
+        return solve_low_rank(objective, b, **shared)
+    raise ValueError(
+        f"solver='{solver}' is not known: 'auto', 'cholesky', 'eigh', 'cg', "
+        "'gauss_newton', 'lissa' or 'low_rank'."
+    )
+
+
+def _ihvp_cg(objective, b, *, damping, precondition="auto", **options):
+    dtype = "float64" if objective.head else objective.dtype
+    if precondition == "auto":
+        cheap = not objective.head and objective.p <= DENSE_LIMIT and is_vectorisable(objective)
+        precondition = "gauss_newton" if cheap else None
+    if precondition == "gauss_newton":
+        precondition = gauss_newton_preconditioner(objective, damping)
+    elif precondition == "nystroem":
+        precondition = nystroem_preconditioner(objective, damping)
+    return conjugate_gradient(
+        hessian_operator(objective),
+        b,
+        damping=damping,
+        precondition=precondition,
+        dtype=dtype,
+        compiled=objective.compiled,
+        **options,
+    )
 
 
 def s_test(
@@ -25,11 +108,18 @@ def s_test(
     """Return s_test = (H + damping I)^-1 grad loss(z_test), one column a test point, as a Solution.
 
     Koh & Liang 2017, section 3. The test gradients carry no regulariser; H is of the whole
-    objective. `x` of the Solution is (p, m); a zero test gradient has a zero column.
+    objective. `x` of the Solution is (p, m); a zero test gradient has a zero column. Solvers,
+    damping and further options: `ihvp`.
     """
     gradients = per_example_gradients(objective, x_test, y_test)
-    return solve(
-        objective, gradients.T, solver=solver, damping=damping, rtol=rtol, max_steps=max_steps
+    return ihvp(
+        objective,
+        gradients.T,
+        solver=solver,
+        damping=damping,
+        rtol=rtol,
+        max_steps=max_steps,
+        **options,
     )
 
 

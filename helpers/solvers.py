@@ -10,13 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse.linalg
 import tensorflow as tf
-
-from helpers.curvature import dense_gauss_newton, dense_hessian, hessian_operator, is_vectorisable
-from helpers.spectrum import choose_damping, spectrum
-
-DENSE_LIMIT = 5_000  # parameters up to which a dense matrix is formed by default: 200 MB
 
 
 class Solution(NamedTuple):
@@ -48,7 +42,7 @@ class Solution(NamedTuple):
         if self.steps.any():
             text += f", {self.steps.min()}-{self.steps.max()} steps"
         text += f"; damping {self.damping:.3g}"
-        if np.isfinite(self.lambda_max):
+        if np.isfinite(self.lambda_min):
             text += f", eigenvalues about {self.lambda_min:.3g} to {self.lambda_max:.3g}"
         if self.negative_curvature.any():
             text += (
@@ -71,7 +65,7 @@ def columns_of(b):
     return (b[:, None], True) if b.ndim == 1 else (b, False)
 
 
-def _certify(matvec, b, x, single, *, rtol, damping, method, **known):
+def certify(matvec, b, x, single, *, rtol, damping, method, **known):
     """Return a Solution: what is `known` about the solve, completed by its true residual."""
     residual = np.linalg.norm(b - np.asarray(matvec(x), np.float64), axis=0)
     norms, k = np.linalg.norm(b, axis=0), b.shape[1]
@@ -135,7 +129,7 @@ def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8):
     b, single = columns_of(b)
     a = damped(matrix, damping)
     x = Cholesky(a).solve(b)
-    return _certify(a.__matmul__, b, x, single, rtol=rtol, damping=damping, method="Cholesky")
+    return certify(a.__matmul__, b, x, single, rtol=rtol, damping=damping, method="Cholesky")
 
 
 def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
@@ -155,7 +149,7 @@ def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
             "spectrum": (shifted[0], shifted[-1]),
         }
         x, a = q @ (projected / shifted[:, None]), damped(matrix, damping)
-        solution = _certify(
+        solution = certify(
             a.__matmul__, b, x, single, rtol=rtol, damping=damping, method="eigh", **known
         )
         solutions.append(solution)
@@ -163,7 +157,15 @@ def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
 
 
 def conjugate_gradient(
-    product, b, *, damping=0.0, rtol=1e-8, max_steps=1000, precondition=None, dtype="float64"
+    product,
+    b,
+    *,
+    damping=0.0,
+    rtol=1e-8,
+    max_steps=1000,
+    precondition=None,
+    dtype="float64",
+    compiled=None,
 ):
     """Return the solution of (A + damping I) X = B by conjugate gradients, all columns at once.
 
@@ -180,20 +182,29 @@ def conjugate_gradient(
     product : callable, V (p, k) -> A V, on tensors of `dtype`, usable inside a `tf.function`
     b : (p,) or (p, k)
     precondition : callable R (p, k) float64 -> M^-1 R, optional; M symmetric positive definite
+    compiled : a dict that keeps the traced loop for the next call with the same product
     """
     b, single = columns_of(b)
-    matvec = _in_float64(product, damping, dtype)
-    run, fresh = tf.function(partial(_cg_loop, matvec, precondition)), tf.function(matvec)
+    shift, compiled = tf.constant(float(damping), tf.float64), {} if compiled is None else compiled
+    matvec, key = in_float64(product, dtype), ("CG", precondition, dtype)
+    if key not in compiled:
+        loop = tf.function(partial(_cg_loop, matvec, precondition), reduce_retracing=True)
+        compiled[key] = loop, tf.function(matvec, reduce_retracing=True)
+    run = compiled[key][0]
+
+    def fresh(v):
+        return compiled[key][1](tf.constant(v), shift).numpy()
+
     x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
     steps, negative, ritz = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool), []
     for _ in range(3):
         left = tf.constant(max_steps - int(steps.max(initial=0)))
         correction, taken, met, alphas, betas = [
-            t.numpy() for t in run(tf.constant(rhs), tf.constant(rtol * norms), left)
+            t.numpy() for t in run(tf.constant(rhs), shift, tf.constant(rtol * norms), left)
         ]
         x, steps, negative = x + correction, steps + taken, negative | met
         ritz += [_ritz_values(alphas[:s, j], betas[:s, j]) for j, s in enumerate(taken) if s]
-        residual = b - fresh(tf.constant(x)).numpy()
+        residual = b - fresh(x)
         missed = (np.linalg.norm(residual, axis=0) > rtol * norms) & ~negative
         if not missed.any() or steps.max() >= max_steps:
             break
@@ -201,31 +212,24 @@ def conjugate_gradient(
     known = {"steps": steps, "negative": negative, "dtype": dtype}
     if ritz and precondition is None:  # else they are eigenvalues of M^-1 A
         known["spectrum"] = min(r[0] for r in ritz), max(r[-1] for r in ritz)
-    return _certify(
-        lambda v: fresh(tf.constant(v)),
-        b,
-        x,
-        single,
-        rtol=rtol,
-        damping=damping,
-        method="CG",
-        **known,
-    )
+    return certify(fresh, b, x, single, rtol=rtol, damping=damping, method="CG", **known)
 
 
-def _in_float64(product, damping, dtype):
-    def matvec(v):
+def in_float64(product, dtype):
+    """Return (V, damping) -> (A + damping I) V on float64 tensors, A V computed in `dtype`."""
+
+    def matvec(v, damping):
         return tf.cast(product(tf.cast(v, dtype)), tf.float64) + damping * v
 
     return matvec
 
 
-def _cg_loop(matvec, precondition, b, stop, max_steps):
+def _cg_loop(matvec, precondition, b, damping, stop, max_steps):
     """Run CG from zero; return x, steps, negative curvature, and the coefficients of each step."""
     precondition = precondition or (lambda r: r)
 
     def step(i, x, r, d, rho, active, taken, negative, alphas, betas):
-        ad = matvec(d)
+        ad = matvec(d, damping)
         curvature = tf.reduce_sum(d * ad, 0)
         bad = active & (curvature <= 0)
         go = active & ~bad
@@ -280,210 +284,3 @@ def _ritz_values(alphas, betas):
     diagonal = 1 / alphas + np.concatenate([[0], betas[:-1] / alphas[:-1]])
     off = np.sqrt(np.maximum(betas[:-1], 0)) / alphas[:-1]
     return scipy.linalg.eigh_tridiagonal(diagonal, off, eigvals_only=True)
-
-
-def gauss_newton_preconditioner(objective, damping):
-    """Return R -> (G + damping I)^-1 R from a Cholesky factor of the dense Gauss-Newton matrix.
-
-    It cuts the steps of CG on H several-fold; `conjugate_gradient` still solves with H itself.
-    """
-    g = dense_gauss_newton(objective)
-    floor = 1e-6 * np.trace(g) / len(g)
-    factor = tf.constant(np.linalg.cholesky(damped(g, max(damping, floor))))
-    return lambda r: tf.linalg.cholesky_solve(factor, r)
-
-
-def nystroem_preconditioner(objective, damping, *, rank=50, seed=0):
-    """Return R -> P^-1 R from a rank-`rank` sketch of the Gauss-Newton matrix, for large p.
-
-    Frangella, Tropp & Udell 2023: P^-1 = (l_r + damping) U (L + damping)^-1 U' + (I - U U'), at the
-    cost of `rank` products and p x rank numbers.
-    """
-    product = tf.function(hessian_operator(objective, gauss_newton=True))
-    dtype = "float64" if objective.head else objective.dtype
-    rank = min(rank, objective.p)
-    omega, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(objective.p, rank)))
-    y = product(tf.constant(omega, dtype)).numpy().astype(np.float64)
-    shift = 1e-7 * np.linalg.norm(y)  # keeps the small core positive definite
-    y += shift * omega
-    core = np.linalg.cholesky((omega.T @ y + y.T @ omega) / 2)
-    u, singular, _ = np.linalg.svd(scipy.linalg.solve_triangular(core, y.T, lower=True).T, False)
-    values = np.maximum(singular**2 - shift, 0) + max(damping, 1e-12 * singular[0] ** 2)
-    basis, scale = tf.constant(u), tf.constant((values[-1] / values - 1)[:, None])
-    return lambda r: r + tf.matmul(basis, scale * tf.matmul(basis, r, transpose_a=True))
-
-
-def solve_lissa(
-    objective,
-    b,
-    *,
-    damping=0.0,
-    scale=None,
-    depth=None,
-    batch_size=None,
-    samples=1,
-    rtol=1e-2,
-    seed=0,
-):
-    """Return the LiSSA estimate of (H + damping I)^-1 b (Agarwal et al. 2017).
-
-    x_0 = b, x_{j+1} = b + x_j - (H_B + damping I) x_j / scale, result x / scale averaged over
-    `samples` runs, B a random batch a step. Its limit in the mean is the same as every other
-    solver's. (The code released with Koh & Liang 2017 multiplies its damping by scale.)
-
-    scale : must exceed half the largest eigenvalue of *any sampled batch*; by default 1.1 times the
-        largest seen by Lanczos over 20 batches (over the whole data for a full batch).
-    depth : by default ln(1/rtol) scale / lambda_min, at most 20,000.
-    """
-    b, single = columns_of(b)
-    batch_size = min(batch_size or objective.n, objective.n)
-    rng = np.random.default_rng(seed)
-    seen = spectrum(objective, steps=30)
-    if scale is None:
-        scale = 1.1 * _largest_batch_eigenvalue(objective, batch_size, rng, seen) + damping
-    low = max(seen.lambda_min + damping, 1e-6 * scale)
-    depth = depth or int(np.clip(np.log(1 / rtol) * scale / low, 10, 20_000))
-    dtype = "float64" if objective.head else objective.dtype
-    sampled = objective.n if batch_size == objective.n else batch_size
-    total = np.zeros_like(b)
-    for _ in range(samples):
-        rows = None
-        if sampled < objective.n:
-            rows = tf.constant(rng.integers(0, objective.n, (depth, batch_size)))
-        x = _lissa(objective, tf.constant(b, dtype), rows, float(damping), float(scale), depth)
-        total += x.numpy() / scale / samples
-    if not np.isfinite(total).all():
-        raise FloatingPointError(
-            f"LiSSA diverged: scale {scale:.3g} is below half the largest eigenvalue of a sampled "
-            "batch. Raise scale, or leave it out to have it chosen."
-        )
-    matvec = tf.function(_in_float64(hessian_operator(objective), damping, dtype))
-    return _certify(
-        lambda v: matvec(tf.constant(v)),
-        b,
-        total,
-        single,
-        rtol=rtol,
-        damping=damping,
-        method=f"LiSSA (scale {scale:.3g}, depth {depth}, {samples} x batch {batch_size})",
-        steps=np.full(b.shape[1], depth * samples),
-        dtype=dtype,
-    )
-
-
-def _largest_batch_eigenvalue(objective, batch_size, rng, seen):
-    if batch_size == objective.n:
-        return seen.lambda_max
-    largest = seen.lambda_max
-    for _ in range(20):
-        part = objective.subset(rng.integers(0, objective.n, batch_size))
-        largest = max(largest, spectrum(part, steps=10).lambda_max)
-    return 2 * largest  # 20 batches are a sample, and the largest of all is what counts
-
-
-def _lissa(objective, b, rows, damping, scale, depth):
-    """Run the recursion in one `tf.while_loop`; `rows` (depth, batch), or None for all of it."""
-
-    @tf.function
-    def loop():
-        def step(j, x):
-            hx = hessian_operator(objective, rows=None if rows is None else rows[j])(x)
-            return j + 1, b + x - (hx + damping * x) / scale
-
-        return tf.while_loop(lambda j, x: j < depth, step, (0, b))[1]
-
-    return loop()
-
-
-def solve_low_rank(objective, b, *, damping=0.0, rank=100, rtol=1e-2):
-    """Return (H + damping I)^-1 b from the `rank` largest eigenpairs and a remainder, never bare.
-
-    x = Q (L + damping)^-1 Q'b + (I - QQ') b / (damping + decay): outside the eigenpairs H is taken
-    to be the weight decay alone. Truncation without that remainder loses what the small eigenvalues
-    carry. Eigenpairs by ARPACK (`scipy.sparse.linalg.eigsh`).
-    """
-    b, single = columns_of(b)
-    dtype = "float64" if objective.head else objective.dtype
-    product = tf.function(_in_float64(hessian_operator(objective), 0.0, dtype))
-    rest = damping + objective.decay.min()
-    if rest <= 0:
-        raise ValueError(
-            "Low rank needs weight decay on every parameter, or damping: without "
-            "them nothing is known of the directions left out."
-        )
-    operator = scipy.sparse.linalg.LinearOperator(
-        (objective.p, objective.p), lambda v: product(tf.constant(v.reshape(-1, 1))).numpy()[:, 0]
-    )
-    rank = min(rank, objective.p - 1)
-    start = np.random.default_rng(0).normal(size=objective.p)
-    values, q = scipy.sparse.linalg.eigsh(operator, rank, which="LA", v0=start)
-    inside = q.T @ b
-    x = q @ (inside / (values + damping)[:, None]) + (b - q @ inside) / rest
-    return _certify(
-        lambda v: product(tf.constant(v)).numpy() + damping * v,
-        b,
-        x,
-        single,
-        rtol=rtol,
-        damping=damping,
-        method=f"low rank ({rank})",
-        dtype=dtype,
-        spectrum=(np.nan, values.max() + damping),
-    )
-
-
-def solve(objective, b, *, solver="auto", damping="auto", rtol=1e-8, max_steps=1000, **options):
-    """Return the solution of (H + damping I) x = b for an objective, with its certificate.
-
-    solver : "auto" (Cholesky for a head of up to 5,000 parameters, else CG), "cholesky" or "eigh"
-        (form H), "cg" (products only), "gauss_newton" (Cholesky of G + damping I in the place of
-        H), "lissa", "low_rank"; `options` go to the solver.
-    damping : a number, or "auto" for `spectrum.choose_damping`.
-    """
-    if len(b) != objective.p:
-        raise ValueError(f"b has {len(b)} rows, the objective {objective.p} parameters.")
-    columns_of(b)
-    if damping == "auto":
-        damping = choose_damping(objective).value
-    if damping < 0:
-        raise ValueError(f"damping must not be negative, got {damping}.")
-    if solver == "auto":
-        solver = "cholesky" if objective.head and objective.p <= DENSE_LIMIT else "cg"
-    shared = {"damping": damping, "rtol": rtol, **options}
-    if solver == "cholesky":
-        return solve_cholesky(dense_hessian(objective), b, **shared)
-    if solver == "gauss_newton":
-        return solve_cholesky(dense_gauss_newton(objective), b, **shared)._replace(
-            method="Cholesky of the Gauss-Newton matrix"
-        )
-    if solver == "eigh":
-        return solve_eigh(dense_hessian(objective), b, damping, rtol=rtol)[0]
-    if solver == "cg":
-        return _solve_cg(objective, b, max_steps=max_steps, **shared)
-    if solver == "lissa":
-        return solve_lissa(objective, b, **shared)
-    if solver == "low_rank":
-        return solve_low_rank(objective, b, **shared)
-    raise ValueError(
-        f"solver='{solver}' is not known: 'auto', 'cholesky', 'eigh', 'cg', "
-        "'gauss_newton', 'lissa' or 'low_rank'."
-    )
-
-
-def _solve_cg(objective, b, *, damping, precondition="auto", **options):
-    dtype = "float64" if objective.head else objective.dtype
-    if precondition == "auto":
-        cheap = not objective.head and objective.p <= DENSE_LIMIT and is_vectorisable(objective)
-        precondition = "gauss_newton" if cheap else None
-    if precondition == "gauss_newton":
-        precondition = gauss_newton_preconditioner(objective, damping)
-    elif precondition == "nystroem":
-        precondition = nystroem_preconditioner(objective, damping)
-    return conjugate_gradient(
-        hessian_operator(objective),
-        b,
-        damping=damping,
-        precondition=precondition,
-        dtype=dtype,
-        **options,
-    )

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers import solvers
+from helpers import influence, solvers
 
 
 def spd(p, condition, seed=0):
@@ -139,10 +139,10 @@ def test_cholesky_refuses_an_indefinite_matrix_in_words():
 )
 def test_bad_options_are_refused(binary, options, word):
     with pytest.raises(ValueError, match=word):
-        solvers.solve(binary.objective, np.ones(binary.objective.p), **options)
+        influence.ihvp(binary.objective, np.ones(binary.objective.p), **options)
 
 
 @pytest.mark.parametrize(("b", "word"), [(np.ones(3), "parameters"), (np.full(12, np.nan), "NaN")])
 def test_bad_right_hand_sides_are_refused(binary, b, word):
     with pytest.raises(ValueError, match=word):
-        solvers.solve(binary.objective, b)
+        influence.ihvp(binary.objective, b)
