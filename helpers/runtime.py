@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,8 +21,17 @@ def start(profile="demo", seed=0):
     """
     if profile not in PROFILES:
         raise ValueError(f"profile='{profile}' is not known; choose one of {', '.join(PROFILES)}.")
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0" if profile == "demo" else "1"
+    settings = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TF_ENABLE_ONEDNN_OPTS": "0" if profile == "demo" else "1",
+    }
+    late = [name for name, value in settings.items() if os.environ.get(name) != value]
+    if late and "tensorflow" in sys.modules:
+        raise RuntimeError(
+            f"TensorFlow is already imported, too late for {', '.join(late)}: restart the kernel "
+            "and call runtime.start first, before any helper but `runtime` is imported."
+        )
+    os.environ.update(settings)
     import keras
     import tensorflow as tf
 
