@@ -134,7 +134,7 @@ def _gnvp(objective, vectors, rows=None):
     def one_vector(x, y, weight, vector):
         parts = objective.unflatten(vector)
         with tf.GradientTape(persistent=True) as tape:
-            outputs = objective.model(x, training=False)
+            outputs = objective.outputs(x)
         with tf.GradientTape() as linear:
             dummy = tf.ones_like(outputs)
             linear.watch(dummy)
@@ -145,7 +145,7 @@ def _gnvp(objective, vectors, rows=None):
             outer.watch(outputs)
             with tf.GradientTape() as inner:
                 inner.watch(outputs)
-                losses = objective.loss_of_predictions(y, outputs)
+                losses = objective.loss_of_outputs(y, outputs)
                 loss = tf.tensordot(weight, losses, 1)
             slope = inner.gradient(loss, outputs)
             dot = tf.reduce_sum(slope * tf.stop_gradient(moved))
@@ -200,23 +200,69 @@ def per_example_gradients(objective, x, y):
     if head:
         phi = head.features(x, y)
         return head.gradients(phi, head.residuals(y, head.outputs(phi, objective.theta)))
-    step = objective.affordable_batch(4 * objective.p * tf.as_dtype(objective.dtype).size)
-    step = min(step, objective.batch_size)
-    batches = objective.batches_of(x, y, batch_size=step)
-    return np.concatenate([_example_gradients(objective, xb, yb).numpy() for xb, yb, _ in batches])
+    batches = objective.batches_of(x, y, batch_size=_rows_at_once(objective))
+    return np.concatenate([_pulled(objective, xb, yb, None) for xb, yb, _ in batches])
+
+
+def _rows_at_once(objective):
+    """Return how many per-example gradients fit the memory budget, at most a batch."""
+    fit = objective.affordable_batch(4 * objective.p * tf.as_dtype(objective.dtype).size)
+    return min(fit, objective.batch_size)
+
+
+def _pulled(objective, x, y, directions):
+    """Return grad loss_i as rows (b, p), or grad (outputs_i . direction_i) for given directions.
+
+    Convolutions run under XLA, where their per-example gradients are an order of magnitude faster,
+    after a guard has compared the first batch with the plain graph: XLA gives wrong second
+    derivatives through max-pooling on a CPU, so it is believed only where it was checked.
+    """
+    plain, kind = _example_gradients, directions is None
+    if directions is None:
+        directions = tf.zeros((len(y), 1), objective.dtype)
+    arguments = (x, y, directions, kind)
+    if not (is_vectorisable(objective) and has_convolution(objective)):
+        return plain(objective, *arguments).numpy()
+    key = ("XLA agrees", kind)
+    fast = objective.compiled.setdefault(
+        "XLA", tf.function(partial(_example_gradients.graph, objective), jit_compile=True)
+    )
+    if key not in objective.compiled:
+        expected = plain(objective, *arguments).numpy()
+        try:
+            objective.compiled[key] = agrees(fast(*arguments).numpy(), expected)
+        except tf.errors.OpError:  # XLA has no kernel for one of the layers
+            objective.compiled[key] = False
+        return expected
+    return (fast(*arguments) if objective.compiled[key] else plain(objective, *arguments)).numpy()
+
+
+def agrees(got, expected):
+    """Return whether two results differ by no more than 100 roundings of their type."""
+    scale = np.abs(expected).max(initial=0)
+    return bool(np.abs(got - expected).max(initial=0) <= 100 * np.finfo(got.dtype).eps * scale)
+
+
+def has_convolution(objective):
+    """Return whether the model convolves: the case that XLA speeds up."""
+    return any("Conv" in type(la).__name__ for la in objective.model._flatten_layers())
 
 
 @compiled
-def _example_gradients(objective, x, y):
+def _example_gradients(objective, x, y, directions, of_loss):
     def one_example(example):
-        one_x, one_y = keras.tree.map_structure(lambda a: a[None], example)
+        one_x, one_y, direction = keras.tree.map_structure(lambda a: a[None], example)
         with tf.GradientTape() as tape:
-            loss = objective.example_losses(one_x, one_y)[0]
-        return objective.flatten(tape.gradient(loss, objective.tensors))
+            outputs = objective.outputs(one_x)
+            if of_loss:
+                value = objective.loss_of_outputs(one_y, outputs)[0]
+            else:
+                value = tf.reduce_sum(tf.reshape(outputs, [-1]) * direction[0])
+        return objective.flatten(tape.gradient(value, objective.tensors))
 
     if is_vectorisable(objective):
-        return tf.vectorized_map(one_example, (x, y))
-    return tf.map_fn(one_example, (x, y), fn_output_signature=objective.dtype)
+        return tf.vectorized_map(one_example, (x, y, directions))
+    return tf.map_fn(one_example, (x, y, directions), fn_output_signature=objective.dtype)
 
 
 def gradient_dots(objective, vectors):
@@ -234,9 +280,10 @@ def gradient_dots(objective, vectors):
         return np.concatenate([_head_dots(head, r, vectors[:, j : j + width]) for j in chunks])
     columns = tf.constant(vectors, objective.dtype)
     parts = []
-    for x, y, weight in objective.batches():
-        if vectors.shape[1] > 4 and is_vectorisable(objective):
-            gradients = per_example_gradients(objective, x, y)
+    many = vectors.shape[1] > 4 and is_vectorisable(objective)
+    for x, y, weight in objective.batches(_rows_at_once(objective) if many else None):
+        if many:
+            gradients = _pulled(objective, x, y, None)
             parts.append((gradients @ columns.numpy()).T * weight.numpy())
         else:
             parts.append(_double_vjp_dots(objective, x, y, weight, columns).numpy())
@@ -276,10 +323,39 @@ def dense_hessian(objective):
 
 
 def dense_gauss_newton(objective):
-    """Return G (see `gauss_newton_product`) as a matrix (p, p) float64."""
+    """Return G (see `gauss_newton_product`) as a matrix (p, p) float64.
+
+    With A_i = F_i F_i', G is the Gram matrix of the rows J_i' F_i: C per-example gradients and one
+    GEMM a batch, where a product for every column would cost p passes. The GEMM runs in the model's
+    dtype.
+    """
     if objective.head:
         return objective.head.hessian(objective.theta)
-    return _columns(objective, gauss_newton_product)
+    if not is_vectorisable(objective):
+        return _columns(objective, gauss_newton_product)
+    total = np.zeros((objective.p, objective.p))
+    for x, y, weight in objective.batches(_rows_at_once(objective)):
+        factors = _output_factors(objective, x, y) * tf.sqrt(weight)[:, None, None]
+        for c in range(factors.shape[-1]):
+            rows = _pulled(objective, x, y, factors[:, :, c])
+            total += rows.T @ rows
+    return total / objective.n + np.diag(objective.decay)
+
+
+@compiled
+def _output_factors(objective, x, y):
+    """Return F_i (b, C, C) with F_i F_i' = A_i, the Hessian of the loss in the flat outputs."""
+    outputs = objective.outputs(x)
+    shape = tf.shape(outputs)
+    flat = tf.reshape(outputs, (shape[0], -1))
+    with tf.GradientTape() as outer:
+        outer.watch(flat)
+        with tf.GradientTape() as inner:
+            inner.watch(flat)
+            losses = objective.loss_of_outputs(y, tf.reshape(flat, shape))
+        slope = inner.gradient(losses, flat)
+    values, vectors = tf.linalg.eigh(outer.batch_jacobian(slope, flat))
+    return vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
 
 
 def _columns(objective, product, width=64):
