@@ -34,7 +34,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
         for random weights.
     """
     if name == "demo":
-        name = str(ROOT / "data" / "embedded" / "demo_backbone.keras")
+        return _in_float64(_from_file(ROOT / "data" / "embedded" / "demo_backbone.keras"))
     if str(name).endswith(".keras"):
         return _from_file(Path(name))
     build = getattr(keras.applications, name, None)
@@ -68,6 +68,18 @@ def _from_file(path):
         model = keras.saving.load_model(path, compile=False)
     model.trainable = False
     return Backbone(path.stem, model, lambda x: x, int(model.input_shape[1]))
+
+
+def _in_float64(backbone):
+    """Return the same network computing in float64: the demo's features agree on every CPU."""
+
+    def wide(layer):
+        return type(layer).from_config({**layer.get_config(), "dtype": "float64"})
+
+    model = keras.models.clone_model(backbone.model, clone_function=wide)
+    model.set_weights(backbone.model.get_weights())
+    model.trainable = False
+    return backbone._replace(model=model)
 
 
 @contextmanager
@@ -119,7 +131,7 @@ def _fill(manifest, backbone, batch_size, partial):
     for first in range(start, n, batch_size):
         rows = slice(first, first + batch_size)
         batch = everything[rows] if drawn else datasets.pictures(manifest[rows], backbone.size)
-        inputs = backbone.preprocess(np.array(batch, np.float32))
+        inputs = backbone.preprocess(np.array(batch, backbone.model.compute_dtype))
         array[rows] = backbone.model.predict_on_batch(inputs)
         array.flush()
         progress.write_text(str(min(first + batch_size, n)))
@@ -128,7 +140,8 @@ def _fill(manifest, backbone, batch_size, partial):
 
 
 def _key(manifest, backbone):
-    digest = hashlib.sha256(f"{backbone.name} {backbone.size} ".encode())
+    about = f"{backbone.name} {backbone.size} {backbone.model.compute_dtype}"
+    digest = hashlib.sha256(about.encode())
     digest.update(getattr(backbone.preprocess, "__module__", "").encode())
     for weight in backbone.model.get_weights():
         digest.update(np.ascontiguousarray(weight).tobytes())

@@ -17,3 +17,19 @@ def linear_head(d, n_classes=2, *, use_bias=False):
         ],
         name="linear_head",
     )
+
+
+def all_cnn(side=28, *, width=8, classes=10):
+    """Return Koh & Liang's all-convolutional network: tanh, no pooling, 2,616 parameters.
+
+    Six convolutions (the second and fourth with stride two, the last 1 x 1 to ten channels), the
+    mean over positions, and one Dense layer of logits. `width` 8 and side 28 are the paper's.
+    """
+    layers = keras.layers
+    model = keras.Sequential([keras.Input((side, side, 1))], name="all_cnn")
+    for stride in (1, 2, 1, 2, 1):
+        model.add(layers.Conv2D(width, 3, stride, activation="tanh"))
+    model.add(layers.Conv2D(10, 1, activation="tanh"))
+    model.add(layers.GlobalAveragePooling2D())
+    model.add(layers.Dense(classes))
+    return model

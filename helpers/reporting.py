@@ -89,12 +89,18 @@ def write_verdicts(notebook, profile, parameters, verdicts):
 
 
 def _commit():
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    """Return the commit that made a result, "-dirty" if its code had uncommitted changes."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", "helpers", "notebooks", "params")
+    return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _git(*words):
     try:
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
 
 
 def save_figure(figure, name, profile, **numbers):

@@ -144,10 +144,10 @@ def test_gradients_add_up(case):
 def test_influences_by_their_definition(case):
     """(H + damping I)^-1 in dense float64 from the products, gradients one by one."""
     objective, x, y = case
-    damping = 2.0
-    solution = influence.s_test(objective, rows(x, M), y[:M], damping=damping, rtol=1e-10)
+    solution = influence.s_test(objective, rows(x, M), y[:M], rtol=1e-10)  # damping chosen
     assert solution.converged.all(), str(solution)
-    h = curvature.hvp(objective, np.eye(objective.p)) + damping * np.eye(objective.p)
+    h = curvature.hvp(objective, np.eye(objective.p)) + solution.damping * np.eye(objective.p)
+    assert np.linalg.eigvalsh((h + h.T) / 2)[0] > 0
     each = curvature.per_example_gradients(objective, x, y)
     full = each + objective.decay * objective.theta
     expected = each[:M] @ np.linalg.solve(h, full.T) / N
