@@ -4,6 +4,7 @@ Layers, top to bottom; an import may only point down:
 
     notebook face   runtime, execute, reporting
     studies         evaluation
-    mathematics     influence, retraining, solvers, curvature, objective
-    data            features, models, datasets, rendering
+    mathematics     influence, retraining, approximations, solvers, spectrum,
+                    curvature, objective, head
+    data            features, backbone, models, datasets, rendering
 """
