@@ -185,8 +185,9 @@ def markdown_table(profile):
     ]
     for row in all_verdicts(profile).itertuples():
         link = f"[{row.notebook}](notebooks/{row.notebook}.ipynb)"
+        criterion = row.criterion.replace("|", r"\|")
         lines.append(
-            f"| {link} | {row.claim} (`{row.id}`) | {row.criterion} | "
+            f"| {link} | {row.claim} (`{row.id}`) | {criterion} | "
             f"{show_number(row.value)} | {row.verdict} |"
         )
     return "\n".join(lines)

@@ -152,7 +152,7 @@ class Removals:
         """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta), (m, n) nats.
 
         Evaluated, not linearised. For one output every shift of every test output comes from one
-        GEMM, so the whole matrix costs about what the first-order one does.
+        GEMM: no refit and no solve a point.
         """
         head = self.head
         phi = head.features(x_test, y_test)

@@ -182,11 +182,13 @@ def conjugate_gradient(
     product : callable, V (p, k) -> A V, on tensors of `dtype`, usable inside a `tf.function`
     b : (p,) or (p, k)
     precondition : callable R (p, k) float64 -> M^-1 R, optional; M symmetric positive definite
-    compiled : a dict that keeps the traced loop for the next call with the same product
+    compiled : a dict that keeps the traced loop of an unpreconditioned solve for the next call
     """
     b, single = columns_of(b)
-    shift, compiled = tf.constant(float(damping), tf.float64), {} if compiled is None else compiled
-    matvec, key = in_float64(product, dtype), ("CG", precondition, dtype)
+    shift, matvec = tf.constant(float(damping), tf.float64), in_float64(product, dtype)
+    if compiled is None or precondition is not None:
+        compiled = {}  # a kept loop would keep its preconditioner, p x p numbers, alive
+    key = ("CG", dtype)
     if key not in compiled:
         loop = tf.function(partial(_cg_loop, matvec, precondition), reduce_retracing=True)
         compiled[key] = loop, tf.function(matvec, reduce_retracing=True)
