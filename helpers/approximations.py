@@ -9,7 +9,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from helpers.curvature import dense_gauss_newton, hessian_operator
-from helpers.solvers import certify, columns_of, damped, in_float64
+from helpers.solvers import Preconditioner, certify, columns_of, damped, in_float64
 from helpers.spectrum import spectrum
 
 
@@ -22,18 +22,22 @@ def numpy_product(objective, damping):
 
 
 def gauss_newton_preconditioner(objective, damping):
-    """Return R -> (G + damping I)^-1 R from a Cholesky factor of the dense Gauss-Newton matrix.
+    """Return (G + damping I)^-1 as a Preconditioner: a Cholesky factor of dense Gauss-Newton.
 
     It cuts the steps of CG on H several-fold; `conjugate_gradient` still solves with H itself.
     """
     g = dense_gauss_newton(objective)
     floor = 1e-6 * np.trace(g) / len(g)
     factor = tf.constant(np.linalg.cholesky(damped(g, max(damping, floor))))
-    return lambda r: tf.linalg.cholesky_solve(factor, r)
+    return Preconditioner(_cholesky_solve, (factor,))
+
+
+def _cholesky_solve(r, factor):
+    return tf.linalg.cholesky_solve(factor, r)
 
 
 def nystroem_preconditioner(objective, damping, *, rank=50, seed=0):
-    """Return R -> P^-1 R from a rank-`rank` sketch of the Gauss-Newton matrix, for large p.
+    """Return a Preconditioner from a rank-`rank` sketch of the Gauss-Newton matrix, for large p.
 
     Frangella, Tropp & Udell 2023: P^-1 = (l_r + damping) U (L + damping)^-1 U' + (I - U U'), at the
     cost of `rank` products and p x rank numbers.
@@ -49,7 +53,11 @@ def nystroem_preconditioner(objective, damping, *, rank=50, seed=0):
     u, singular, _ = np.linalg.svd(scipy.linalg.solve_triangular(core, y.T, lower=True).T, False)
     values = np.maximum(singular**2 - shift, 0) + max(damping, 1e-12 * singular[0] ** 2)
     basis, scale = tf.constant(u), tf.constant((values[-1] / values - 1)[:, None])
-    return lambda r: r + tf.matmul(basis, scale * tf.matmul(basis, r, transpose_a=True))
+    return Preconditioner(_rescale_inside, (basis, scale))
+
+
+def _rescale_inside(r, basis, scale):
+    return r + tf.matmul(basis, scale * tf.matmul(basis, r, transpose_a=True))
 
 
 def solve_lissa(

@@ -22,6 +22,8 @@ VECTORISABLE = {
     *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "Add", "Multiply", "Concatenate"),
 }
 
+XLA_ROWS = 100  # below that many examples, compiling costs more than it saves
+
 
 def compiled(function):
     """Keep one `tf.function` of `function(objective, ...)` on the objective it was called with."""
@@ -163,7 +165,9 @@ def _regularised(objective, vectors, one_vector, rows):
         return _map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
 
     if rows is None:
-        total = objective.accumulate(one_batch, tf.zeros_like(columns)) / objective.n
+        # the number of columns is unknown where a graph serves several; 64 is what callers send
+        copies = (columns.shape[0] or 64) if is_vectorisable(objective) else 1
+        total = objective.accumulate(one_batch, tf.zeros_like(columns), copies) / objective.n
     else:
         total = one_batch(*objective.gather(rows)) / tf.cast(len(rows), vectors.dtype)
     decay = tf.constant(objective.decay[:, None], objective.dtype)
@@ -193,7 +197,7 @@ def _dot(gradient, parts):
 def per_example_gradients(objective, x, y):
     """Return grad loss_i of every given example as rows (m, p): data loss only, no weights.
 
-    Rows are (m, p) in the model's dtype (float64 for a last Dense layer); m p numbers must fit.
+    Rows are in the model's dtype (float64 for a last Dense layer); m p numbers must fit.
     """
     x, y = keras.tree.map_structure(np.asarray, x), np.asarray(y)
     head = objective.head
@@ -201,7 +205,12 @@ def per_example_gradients(objective, x, y):
         phi = head.features(x, y)
         return head.gradients(phi, head.residuals(y, head.outputs(phi, objective.theta)))
     batches = objective.batches_of(x, y, batch_size=_rows_at_once(objective))
-    return np.concatenate([_pulled(objective, xb, yb, None) for xb, yb, _ in batches])
+    return np.concatenate([_loss_gradients(objective, xb, yb) for xb, yb, _ in batches])
+
+
+def _loss_gradients(objective, x, y):
+    """Return grad loss_i = J_i' r_i as rows (b, p)."""
+    return _pulled(objective, x, _slopes(objective, x, y))
 
 
 def _rows_at_once(objective):
@@ -210,31 +219,29 @@ def _rows_at_once(objective):
     return min(fit, objective.batch_size)
 
 
-def _pulled(objective, x, y, directions):
-    """Return grad loss_i as rows (b, p), or grad (outputs_i . direction_i) for given directions.
+def _pulled(objective, x, directions):
+    """Return J_i' direction_i as rows (b, p), for directions (b, C) in the flat outputs.
 
-    Convolutions run under XLA, where their per-example gradients are an order of magnitude faster,
-    after a guard has compared the first batch with the plain graph: XLA gives wrong second
-    derivatives through max-pooling on a CPU, so it is believed only where it was checked.
+    Many examples of a model with convolutions run under XLA, where their gradients are an order of
+    magnitude faster, after a guard has compared the first batch with the plain graph: XLA gives
+    wrong second derivatives through max-pooling on a CPU, so it is believed where it was checked.
     """
-    plain, kind = _example_gradients, directions is None
-    if directions is None:
-        directions = tf.zeros((len(y), 1), objective.dtype)
-    arguments = (x, y, directions, kind)
-    if not (is_vectorisable(objective) and has_convolution(objective)):
-        return plain(objective, *arguments).numpy()
-    key = ("XLA agrees", kind)
-    fast = objective.compiled.setdefault(
-        "XLA", tf.function(partial(_example_gradients.graph, objective), jit_compile=True)
-    )
-    if key not in objective.compiled:
-        expected = plain(objective, *arguments).numpy()
+    cache = objective.compiled
+    if len(directions) < XLA_ROWS or not (
+        is_vectorisable(objective) and has_convolution(objective)
+    ):
+        return _example_gradients(objective, x, directions).numpy()
+    if "XLA" not in cache:
+        plain = partial(_example_gradients.graph, objective)
+        cache["XLA"] = tf.function(plain, jit_compile=True)
+        expected = _example_gradients(objective, x, directions).numpy()
         try:
-            objective.compiled[key] = agrees(fast(*arguments).numpy(), expected)
+            cache["XLA agrees"] = agrees(cache["XLA"](x, directions).numpy(), expected)
         except tf.errors.OpError:  # XLA has no kernel for one of the layers
-            objective.compiled[key] = False
+            cache["XLA agrees"] = False
         return expected
-    return (fast(*arguments) if objective.compiled[key] else plain(objective, *arguments)).numpy()
+    fast = cache["XLA"] if cache["XLA agrees"] else partial(_example_gradients, objective)
+    return fast(x, directions).numpy()
 
 
 def agrees(got, expected):
@@ -249,20 +256,27 @@ def has_convolution(objective):
 
 
 @compiled
-def _example_gradients(objective, x, y, directions, of_loss):
+def _example_gradients(objective, x, directions):
     def one_example(example):
-        one_x, one_y, direction = keras.tree.map_structure(lambda a: a[None], example)
+        one_x, direction = keras.tree.map_structure(lambda a: a[None], example)
         with tf.GradientTape() as tape:
-            outputs = objective.outputs(one_x)
-            if of_loss:
-                value = objective.loss_of_outputs(one_y, outputs)[0]
-            else:
-                value = tf.reduce_sum(tf.reshape(outputs, [-1]) * direction[0])
-        return objective.flatten(tape.gradient(value, objective.tensors))
+            outputs = tf.reshape(objective.outputs(one_x), [1, -1])
+            dot = tf.reduce_sum(outputs * direction)
+        return objective.flatten(tape.gradient(dot, objective.tensors))
 
     if is_vectorisable(objective):
-        return tf.vectorized_map(one_example, (x, y, directions))
-    return tf.map_fn(one_example, (x, y, directions), fn_output_signature=objective.dtype)
+        return tf.vectorized_map(one_example, (x, directions))
+    return tf.map_fn(one_example, (x, directions), fn_output_signature=objective.dtype)
+
+
+@compiled
+def _slopes(objective, x, y):
+    """Return r_i, the gradient of loss_i in the flat outputs, (b, C)."""
+    outputs = objective.outputs(x)
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        losses = objective.loss_of_outputs(y, outputs)
+    return tf.reshape(tape.gradient(losses, outputs), (tf.shape(outputs)[0], -1))
 
 
 def gradient_dots(objective, vectors):
@@ -283,7 +297,7 @@ def gradient_dots(objective, vectors):
     many = vectors.shape[1] > 4 and is_vectorisable(objective)
     for x, y, weight in objective.batches(_rows_at_once(objective) if many else None):
         if many:
-            gradients = _pulled(objective, x, y, None)
+            gradients = _loss_gradients(objective, x, y)
             parts.append((gradients @ columns.numpy()).T * weight.numpy())
         else:
             parts.append(_double_vjp_dots(objective, x, y, weight, columns).numpy())
@@ -337,7 +351,7 @@ def dense_gauss_newton(objective):
     for x, y, weight in objective.batches(_rows_at_once(objective)):
         factors = _output_factors(objective, x, y) * tf.sqrt(weight)[:, None, None]
         for c in range(factors.shape[-1]):
-            rows = _pulled(objective, x, y, factors[:, :, c])
+            rows = _pulled(objective, x, factors[:, :, c])
             total += rows.T @ rows
     return total / objective.n + np.diag(objective.decay)
 

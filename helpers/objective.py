@@ -94,7 +94,8 @@ class Objective:
             wrong = {len(a) for a in keras.tree.flatten(x)} - {self.n}
             if wrong:
                 raise ValueError(f"x and y differ in length: {wrong.pop()} and {self.n}.")
-            affordable = self.affordable_batch(self._bytes_an_example(x))
+            self.bytes_an_example = self._bytes_an_example(x)
+            affordable = self.affordable_batch(self.bytes_an_example)
             self.batch_size = min(self.n, batch_size or affordable)
             weight = np.ones(self.n) if sample_weight is None else sample_weight
             if any(isinstance(a, np.memmap) for a in keras.tree.flatten(x)):
@@ -132,21 +133,24 @@ class Objective:
             w = None if weight is None else weight[rows]
             yield self._complete(keras.tree.map_structure(lambda a, r=rows: a[r], x), y[rows], w)
 
-    def accumulate(self, function, zeros):
+    def accumulate(self, function, zeros, copies=1):
         """Return zeros + the sum of function(x, y, weight) over all batches.
 
         To be called inside a `tf.function`: the loop over batches is part of the graph, and
-        nothing leaves the device.
+        nothing leaves the device. A function that holds several `copies` of a batch's activations
+        gets smaller batches, so that they fit the memory budget together.
         """
         total = zeros
         if self._dataset is not None:
             for x, y, weight in self._dataset:
                 total += function(x, y, weight)
-        elif self.n <= self.batch_size:
+            return total
+        step = min(self.batch_size, self.affordable_batch(copies * self.bytes_an_example))
+        if self.n <= step:
             total += function(*self._data)
         else:
-            for start in tf.range(0, self.n, self.batch_size):
-                rows = slice(start, start + self.batch_size)
+            for start in tf.range(0, self.n, step):
+                rows = slice(start, start + step)
                 x, y, weight = keras.tree.map_structure(lambda a, r=rows: a[r], self._data)
                 total += function(x, y, weight)
         return total

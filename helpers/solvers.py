@@ -5,6 +5,7 @@ Right-hand sides are columns, (p,) or (p, k). The residual of a certificate is t
 b - (H + damping I) x from a fresh product at the end, subtracted and normed in float64.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ class Solution(NamedTuple):
     x : (p,) or (p, k) float64; relative_residual : (k,) ||b - (H + damping I) x|| / ||b||;
     steps : (k,) products spent on each column; converged : (k,); negative_curvature : (k,), met a
     direction d with d'(H + damping I)d <= 0; lambda_min, lambda_max : of H + damping I, exact for
-    `eigh`, else estimates from inside the spectrum (lambda_min from above, lambda_max from below).
+    `eigh`, else estimates from inside the spectrum (lambda_min from above, lambda_max from below);
+    history : (steps, k), CG's own running relative residuals, one row a step; else empty.
     """
 
     x: np.ndarray
@@ -32,6 +34,7 @@ class Solution(NamedTuple):
     damping: float
     method: str
     dtype: str
+    history: np.ndarray
 
     def __str__(self):
         good, k = int(self.converged.sum()), len(self.converged)
@@ -83,6 +86,7 @@ def certify(matvec, b, x, single, *, rtol, damping, method, **known):
         damping=float(damping),
         method=method,
         dtype=known.get("dtype", "float64"),
+        history=known.get("history", np.zeros((0, k))),
     )
 
 
@@ -156,6 +160,20 @@ def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
     return solutions
 
 
+class Preconditioner(NamedTuple):
+    """R -> function(R, *arrays), an approximation of (A + damping I)^-1 R, R (p, k) float64.
+
+    The arrays are arguments and not part of the function, so that a traced loop fits every one of
+    them: the same loop serves other weights, dampings and right-hand sides.
+    """
+
+    function: Callable
+    arrays: tuple = ()
+
+    def __call__(self, r):
+        return self.function(r, *self.arrays)
+
+
 def conjugate_gradient(
     product,
     b,
@@ -181,30 +199,38 @@ def conjugate_gradient(
     ----------
     product : callable, V (p, k) -> A V, on tensors of `dtype`, usable inside a `tf.function`
     b : (p,) or (p, k)
-    precondition : callable R (p, k) float64 -> M^-1 R, optional; M symmetric positive definite
-    compiled : a dict that keeps the traced loop of an unpreconditioned solve for the next call
+    precondition : Preconditioner, or callable R (p, k) float64 -> M^-1 R, optional; M symmetric
+        positive definite
+    compiled : a dict that keeps the traced loop for the next call with the same product
     """
     b, single = columns_of(b)
     shift, matvec = tf.constant(float(damping), tf.float64), in_float64(product, dtype)
-    if compiled is None or precondition is not None:
-        compiled = {}  # a kept loop would keep its preconditioner, p x p numbers, alive
-    key = ("CG", dtype)
-    if key not in compiled:
-        loop = tf.function(partial(_cg_loop, matvec, precondition), reduce_retracing=True)
-        compiled[key] = loop, tf.function(matvec, reduce_retracing=True)
-    run = compiled[key][0]
+    compiled = {} if compiled is None else compiled
+    if not isinstance(precondition, Preconditioner):
+        precondition = Preconditioner(precondition or _unchanged)
+    matvec = compiled.setdefault(("product", dtype), tf.function(matvec, reduce_retracing=True))
+    loop = partial(_cg_loop, matvec, precondition.function)
+    run = compiled.setdefault(
+        ("CG", dtype, precondition.function), tf.function(loop, reduce_retracing=True)
+    )
 
     def fresh(v):
-        return compiled[key][1](tf.constant(v), shift).numpy()
+        return matvec(tf.constant(v), shift).numpy()
 
     x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
     steps, negative, ritz = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool), []
+    history = []
     for _ in range(3):
         left = tf.constant(max_steps - int(steps.max(initial=0)))
-        correction, taken, met, alphas, betas = [
-            t.numpy() for t in run(tf.constant(rhs), shift, tf.constant(rtol * norms), left)
+        correction, taken, met, coefficients = [
+            t.numpy()
+            for t in run(
+                tf.constant(rhs), shift, tf.constant(rtol * norms), left, *precondition.arrays
+            )
         ]
         x, steps, negative = x + correction, steps + taken, negative | met
+        alphas, betas, residuals = np.moveaxis(coefficients, 1, 0)
+        history.append(residuals / np.where(norms > 0, norms, 1))
         ritz += [_ritz_values(alphas[:s, j], betas[:s, j]) for j, s in enumerate(taken) if s]
         residual = b - fresh(x)
         missed = (np.linalg.norm(residual, axis=0) > rtol * norms) & ~negative
@@ -212,7 +238,8 @@ def conjugate_gradient(
             break
         rhs = residual * missed
     known = {"steps": steps, "negative": negative, "dtype": dtype}
-    if ritz and precondition is None:  # else they are eigenvalues of M^-1 A
+    known["history"] = np.concatenate(history)
+    if ritz and precondition.function is _unchanged:  # else they are eigenvalues of M^-1 A
         known["spectrum"] = min(r[0] for r in ritz), max(r[-1] for r in ritz)
     return certify(fresh, b, x, single, rtol=rtol, damping=damping, method="CG", **known)
 
@@ -226,55 +253,42 @@ def in_float64(product, dtype):
     return matvec
 
 
-def _cg_loop(matvec, precondition, b, damping, stop, max_steps):
-    """Run CG from zero; return x, steps, negative curvature, and the coefficients of each step."""
-    precondition = precondition or (lambda r: r)
+def _unchanged(r):
+    return r
 
-    def step(i, x, r, d, rho, active, taken, negative, alphas, betas):
+
+def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
+    """Run CG from zero; return x, steps, negative curvature, and (alpha, beta, ||r||) of a step."""
+
+    def step(i, x, r, d, rho, active, taken, negative, history):
         ad = matvec(d, damping)
         curvature = tf.reduce_sum(d * ad, 0)
         bad = active & (curvature <= 0)
         go = active & ~bad
         alpha = tf.where(go, rho / tf.where(go, curvature, 1.0), 0.0)
         x, r = x + alpha * d, r - alpha * ad
-        z = precondition(r)
+        z = precondition(r, *arrays)
         rho_new = tf.reduce_sum(r * z, 0)
         beta = tf.where(go, rho_new / tf.where(go, rho, 1.0), 0.0)
-        still = go & (tf.norm(r, axis=0) > stop)
+        norms = tf.norm(r, axis=0)
+        still = go & (norms > stop)
         d = tf.where(still, z + beta * d, 0.0)
         taken, negative = taken + tf.cast(active, tf.int64), negative | bad
-        return (
-            i + 1,
-            x,
-            r,
-            d,
-            rho_new,
-            still,
-            taken,
-            negative,
-            alphas.write(i, alpha),
-            betas.write(i, beta),
-        )
+        history = history.write(i, tf.stack([alpha, beta, norms]))
+        return i + 1, x, r, d, rho_new, still, taken, negative, history
 
-    zero = tf.zeros_like(b)
-    z, k = precondition(b), tf.shape(b)[1]
-    active = (tf.norm(b, axis=0) > stop) & (tf.norm(b, axis=0) > 0)
-    history = [tf.TensorArray(tf.float64, 0, dynamic_size=True, element_shape=(None,))] * 2
-    state = (
-        0,
-        zero,
-        b,
-        tf.where(active, z, 0.0),
-        tf.reduce_sum(b * z, 0),
-        active,
-        tf.zeros(k, tf.int64),
-        tf.zeros(k, tf.bool),
-        *history,
-    )
+    z, k = precondition(b, *arrays), tf.shape(b)[1]
+    norms = tf.norm(b, axis=0)
+    active = (norms > stop) & (norms > 0)
+    counts = tf.zeros(k, tf.int64), tf.zeros(k, tf.bool)
+    history = tf.TensorArray(tf.float64, 0, dynamic_size=True, element_shape=(3, None))
+    start = tf.zeros_like(b), b, tf.where(active, z, 0.0), tf.reduce_sum(b * z, 0), active
     state = tf.while_loop(
-        lambda i, x, r, d, rho, active, *rest: (i < max_steps) & tf.reduce_any(active), step, state
+        lambda i, x, r, d, rho, active, *rest: (i < max_steps) & tf.reduce_any(active),
+        step,
+        (0, *start, *counts, history),
     )
-    return state[1], state[6], state[7], state[8].stack(), state[9].stack()
+    return state[1], state[6], state[7], state[8].stack()
 
 
 def _ritz_values(alphas, betas):

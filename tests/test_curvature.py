@@ -65,8 +65,8 @@ def test_head_closed_forms_equal_automatic_differentiation(name, request):
     np.testing.assert_allclose(curvature._gnvp(objective, v), general, atol=1e-13)
     np.testing.assert_allclose(
         curvature.per_example_gradients(objective, problem.x_test, problem.y_test),
-        curvature._pulled(
-            objective, tf.constant(problem.x_test), tf.constant(problem.y_test), None
+        curvature._loss_gradients(
+            objective, tf.constant(problem.x_test), tf.constant(problem.y_test)
         ),
         atol=1e-13,
     )
