@@ -283,7 +283,8 @@ def gradient_dots(objective, vectors):
     """Return w_i grad loss_i . v_j for every training example and column of `vectors`, (k, n).
 
     One or a few columns: the derivative of u -> grad(sum_i u_i loss_i) . v in u, one pass a column,
-    never n gradients. Many columns: per-example gradients a batch at a time and a GEMM.
+    never n gradients. Many columns: per-example gradients a batch at a time and a GEMM, which pays
+    from a few columns on where XLA makes those gradients cheap.
     """
     vectors = np.asarray(vectors, np.float64)
     head = objective.head
@@ -294,8 +295,10 @@ def gradient_dots(objective, vectors):
         return np.concatenate([_head_dots(head, r, vectors[:, j : j + width]) for j in chunks])
     columns = tf.constant(vectors, objective.dtype)
     parts = []
-    many = vectors.shape[1] > 4 and is_vectorisable(objective)
-    for x, y, weight in objective.batches(_rows_at_once(objective) if many else None):
+    k, vectorisable = vectors.shape[1], is_vectorisable(objective)
+    many = vectorisable and k > (4 if has_convolution(objective) else 64)
+    rows = _rows_at_once(objective) if many else objective.rows_for(k if vectorisable else 1)
+    for x, y, weight in objective.batches(rows):
         if many:
             gradients = _loss_gradients(objective, x, y)
             parts.append((gradients @ columns.numpy()).T * weight.numpy())

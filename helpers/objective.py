@@ -86,7 +86,7 @@ class Objective:
                     "With a tf.data.Dataset pass y and weights inside it, as "
                     "(x, y) or (x, y, weight) batches."
                 )
-            self._dataset = x.map(self._complete)
+            self._dataset, self.bytes_an_example = x.map(self._complete), 0
             sizes = [len(batch[2]) for batch in self._dataset]
             self.n, self.batch_size = sum(sizes), max(sizes, default=0)
         else:
@@ -120,10 +120,8 @@ class Objective:
 
     def batches(self, batch_size=None):
         """Yield (x, y, weight) tensors that cover the training data once, in order."""
-        if self._dataset is not None:
-            yield from self._dataset
-        else:
-            yield from self.batches_of(*self._data, batch_size=batch_size)
+        for x, y, weight in [self._data] if self._dataset is None else self._dataset:
+            yield from self.batches_of(x, y, weight, batch_size=batch_size)
 
     def batches_of(self, x, y, weight=None, batch_size=None):
         """Yield (x, y, weight) tensors of at most `batch_size` examples; the last is smaller."""
@@ -145,7 +143,7 @@ class Objective:
             for x, y, weight in self._dataset:
                 total += function(x, y, weight)
             return total
-        step = min(self.batch_size, self.affordable_batch(copies * self.bytes_an_example))
+        step = self.rows_for(copies)
         if self.n <= step:
             total += function(*self._data)
         else:
@@ -174,6 +172,10 @@ class Objective:
     def affordable_batch(self, bytes_an_example):
         """Return how many examples fit the memory budget, at least 1."""
         return max(1, int(self.memory_budget // max(1, bytes_an_example)))
+
+    def rows_for(self, copies):
+        """Return how many examples a pass may hold that keeps `copies` of their activations."""
+        return min(self.batch_size, self.affordable_batch(copies * self.bytes_an_example))
 
     def _bytes_an_example(self, x):
         """About eight copies of every activation live during a Hessian-vector product."""

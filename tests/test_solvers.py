@@ -54,10 +54,22 @@ def test_residual_is_the_true_one():
     )
 
 
-def test_columns_stop_by_themselves():
+def test_columns_help_each_other():
     a, b = np.diag([1.0, 2.0, 3.0, 4.0]), np.eye(4)[:, :2]
     b = np.concatenate([b, np.ones((4, 1))], axis=1)
-    assert solvers.conjugate_gradient(product_with(a), b).steps.tolist() == [1, 1, 4]
+    assert solvers.conjugate_gradient(product_with(a), b[:, 2]).steps.tolist() == [4]
+    assert solvers.conjugate_gradient(product_with(a), b).steps.tolist() == [1, 1, 2]
+
+
+def test_equal_zero_and_badly_scaled_columns_are_no_obstacle():
+    a, rng = spd(50, 1e3), np.random.default_rng(7)
+    b = rng.normal(size=(50, 6)) * np.geomspace(1e-12, 1e6, 6)
+    b = np.column_stack([b, b[:, 1], np.zeros(50), b[:, 2] + b[:, 3], b[:, 0] * 3])
+    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-10)
+    assert solution.converged.all()
+    exact = np.linalg.solve(a, b)
+    error = np.linalg.norm(solution.x - exact, axis=0)
+    assert (error <= 1e-7 * np.linalg.norm(exact, axis=0)).all()
 
 
 def test_zero_right_hand_side_gives_zero():
