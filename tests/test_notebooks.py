@@ -23,9 +23,13 @@ def code(name):
 
 
 def test_the_notebooks_are_found():
-    assert {"00_data_curation", "01_feature_extraction", "02_training", "04_influence"} <= set(
-        NOTEBOOKS
-    )
+    assert {
+        "00_data_curation",
+        "01_feature_extraction",
+        "02_training",
+        "03_curvature",
+        "04_influence",
+    } <= set(NOTEBOOKS)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
 
 
