@@ -16,7 +16,7 @@ export KERAS_HOME
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh lock lint backbone
+.PHONY: help reproduce real thesis test lab refresh lock lint backbone benchmark peers
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -52,6 +52,18 @@ refresh: .venv/ready  ## re-execute the committed notebooks in place and update 
 
 backbone: .venv/ready  ## train the demo's feature network again
 	$(BIN)/python -m helpers.backbone
+
+# Peers run on PyTorch and pin old packages, so they live in an environment of their own.
+.peers-venv/ready: tests/benchmark/peers.txt
+	rm -rf .peers-venv
+	$(PYTHON) -m venv .peers-venv
+	.peers-venv/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+benchmark: .venv/ready  ## cost and error of our influence beside NumPy and the naive way (half an hour)
+	$(BIN)/python tests/benchmark/run.py $(if $(wildcard .peers-venv/ready),--peers .peers-venv/bin/python)
+
+peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
 
 lint: .venv/ready  ## format and lint, notebooks too
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,0 +1,210 @@
+"""`make benchmark`: cost and error of all-pairs influence, ours beside NumPy and other libraries.
+
+Every run is a process of its own, methods take turns (interleaved), and the median over the rounds
+is reported: the first call, tracing and compiling included, and the repeated one. Writes
+figures/benchmark/benchmark.{json,md,png}. `--peers PYTHON` adds the PyTorch libraries of the
+environment that `make peers` makes; `--quick` is one round on T3, for a look.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+OURS = {
+    "t1": ["ours cholesky float64", "NumPy closed float64", "ours cg float64", "naive compiled"],
+    "t3": ["ours cg", "naive compiled", "naive eager"],
+    "t4": ["ours cg", "naive compiled"],
+}
+PEERS = {
+    "t1": ["dattri explicit", "dattri cg", "pyDVL direct", "kronfluence ekfac", "captum arnoldi"],
+    "t3": ["dattri cg", "pyDVL cg", "kronfluence ekfac", "captum arnoldi", "pyDVL direct"],
+    "t4": ["dattri cg", "pyDVL cg", "kronfluence ekfac"],
+}
+
+
+def measure(python, method, task, path, limit=900):
+    """Return the JSON of one worker process, or why it gave none."""
+    command = [python, str(HERE / "worker.py"), method, task, str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"method": method, "failed": f"no result in {limit} s"}
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
+        return {"method": method, "failed": why}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(task, path, methods, rounds):
+    """Return one row a method: medians over interleaved rounds. What takes minutes runs once."""
+    results = {method: [] for method in methods}
+    for turn in range(rounds):
+        for method, python in methods.items():
+            if turn and (results[method][0].get("first", 1e9) > 60):
+                continue
+            found = measure(python, method, task, path)
+            results[method].append(found)
+            print(task, turn, found, flush=True)
+    rows = []
+    for method, runs in results.items():
+        good = [r for r in runs if "failed" not in r]
+        if not good:
+            rows.append({"task": task, "method": method, "failed": runs[0]["failed"]})
+            continue
+        warm = [t for r in good for t in r["warm"]]
+        row = {"task": task, "method": method, "settings": good[0]["settings"]}
+        row |= {"first s": np.median([r["first"] for r in good])}
+        row |= {"repeated s": np.median(warm) if warm else np.nan, "runs": len(good)}
+        row |= {"relative error": max(r["error"] for r in good)}
+        row |= {
+            "memory MB": max(r["memory"] for r in good),
+            "peak MB": max(r["peak"] for r in good),
+        }
+        rows.append(row | {"extrapolated": good[0]["extrapolated"]})
+    return rows
+
+
+def scaling():
+    """Return seconds of ours and of NumPy over n, d = p and m, the others fixed, and the naive way.
+
+    The naive way (one compiled solve a test point, one gradient a training point) is timed on one
+    test point and scaled by m.
+    """
+    import ours as methods
+    import tasks
+
+    from helpers import influence
+
+    base, rows = {"n": 2000, "d": 1024, "m": 100}, []
+    sweeps = {"n": (500, 1000, 2000, 4000, 8000), "d": (128, 256, 512, 1024, 2048)}
+    sweeps["m"] = (1, 10, 100, 1000, 4000)
+    rng = np.random.default_rng(0)
+    keras = tasks.keras
+    keras.config.set_dtype_policy("float64")
+    for axis, values in sweeps.items():
+        for value in values:
+            size = base | {axis: value}
+            x, xt = rng.normal(size=(size["n"], size["d"])), rng.normal(size=(size["m"], size["d"]))
+            truth = rng.normal(size=size["d"]) / np.sqrt(size["d"])
+            y, yt = ((a @ truth + rng.normal(size=len(a)) > 0).astype(float) for a in (x, xt))
+            data = {"x_train": x, "y_train": y, "x_test": xt, "y_test": yt, "weight_decay": 0.01}
+            data |= {"theta": 0.1 * truth, "damping": 0.0, "cg_steps": 30}
+
+            def bound(data=data, d=size["d"]):
+                model = tasks.models.linear_head(d)
+                model.layers[-1].kernel.assign(data["theta"][:, None])
+                loss = tasks.LOSSES["t1"]
+                return tasks.Objective(
+                    model, loss, data["x_train"], data["y_train"], weight_decay=0.01
+                )
+
+            def ours(bound=bound, data=data):
+                objective = bound()
+                s = influence.s_test(objective, data["x_test"], data["y_test"], solver="cholesky")
+                return influence.predicted_loss_change(objective, s)
+
+            numpy_way = lambda data=data: methods.closed_form(data, "float64")  # noqa: E731
+            naive, _ = methods.naive(bound(), xt, yt, data, "compiled", few=1)
+            for name, function, factor in (
+                ("ours", ours, 1), ("NumPy closed form", numpy_way, 1), ("naive", naive, size["m"]),
+            ):  # fmt: skip
+                function()
+                times = []
+                for _ in range(1 if name == "naive" else 3):
+                    started = time.perf_counter()
+                    function()
+                    times.append(time.perf_counter() - started)
+                row = {"axis": axis, "value": value, "method": name}
+                rows.append(row | {"seconds": float(np.median(times)) * factor})
+    return rows
+
+
+def draw(rows, path):
+    """Write the log-log picture of cost against n, d and m."""
+    table = pd.DataFrame(rows)
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    labels = {"n": "n training points", "d": "p = d features", "m": "m test points"}
+    for panel, (axis, label) in zip(axes, labels.items(), strict=True):
+        for name, part in table[table["axis"] == axis].groupby("method", sort=False):
+            panel.plot(part["value"], part["seconds"], "o-", label=name)
+        panel.set(xscale="log", yscale="log", xlabel=label)
+    axes[0].set_ylabel("seconds for all m x n influences")
+    axes[0].legend()
+    figure.suptitle("One factorisation for all pairs, on a logistic head (n 2,000, p 1,024, m 100)")
+    figure.savefig(path, dpi=100)
+
+
+def processor():
+    """Return the processor's name and the number of its cores that are ours."""
+    lines = [Path("/proc/cpuinfo").read_text()] if Path("/proc/cpuinfo").exists() else [""]
+    names = [w.split(":")[1].strip() for w in lines[0].splitlines() if w.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor()}, {cores} cores, no GPU used"
+
+
+def markdown(rows, machine):
+    """Return the table as Markdown."""
+    lines = [f"Medians of interleaved runs on {machine}. Where a row says so it is scaled up.", ""]
+    lines += [
+        "| task | method | first call s | repeated s | relative error | memory MB | settings |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['task']} | {row['method']} | - | - | - | - | {row['failed']} |")
+            continue
+        scaled = " (scaled)" if row["extrapolated"] else ""
+        lines.append(
+            f"| {row['task'].upper()} | {row['method']}{scaled} | {row['first s']:.3g} | "
+            f"{row['repeated s']:.3g} | {row['relative error']:.1e} | {row['memory MB']:.0f} | "
+            f"{row['settings']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", help="Python of the environment with the PyTorch libraries")
+    parser.add_argument("--tasks", nargs="*", default=["t1", "t3", "t4"], choices=list(OURS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round on T3")
+    options = parser.parse_args()
+    if options.quick:
+        options.tasks, options.rounds = ["t3"], 1
+    import tasks
+
+    folder = ROOT / "figures" / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, machine = [], processor()
+    for task in options.tasks:
+        tasks.load(task)
+        methods = dict.fromkeys(OURS[task], sys.executable)
+        if options.peers:
+            methods |= dict.fromkeys(PEERS[task], options.peers)
+        rows += compare(task, tasks.FOLDER / f"{task}.npz", methods, options.rounds)
+    print("\n" + markdown(rows, machine))
+    if options.quick:
+        return
+    swept = scaling()
+    draw(swept, folder / "benchmark.png")
+    (folder / "benchmark.md").write_text(markdown(rows, machine))
+    record = {"machine": machine, "rows": rows, "scaling": swept}
+    (folder / "benchmark.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
