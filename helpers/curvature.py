@@ -124,8 +124,7 @@ def _hvp(objective, vectors, rows=None):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
-            gradient = _dense(inner.gradient(loss, objective.tensors))
-            dot = _dot(gradient, parts)
+            dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
         return objective.flatten(outer.gradient(dot, objective.tensors))
 
     return _regularised(objective, vectors, one_vector, rows)
@@ -141,7 +140,7 @@ def _gnvp(objective, vectors, rows=None):
             dummy = tf.ones_like(outputs)
             linear.watch(dummy)
             pulled = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
-            dot = _dot(_dense(pulled), parts)
+            dot = sum_of_products(pulled, parts)
         moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
         with tf.GradientTape() as outer:
             outer.watch(outputs)
@@ -183,15 +182,12 @@ def _map_rows(objective, function, rows):
     return tf.map_fn(function, rows)
 
 
-def _dense(gradient):
-    """Turn the IndexedSlices of embeddings into tensors; None stays None."""
-    return [g if g is None else tf.convert_to_tensor(g) for g in gradient]
-
-
-def _dot(gradient, parts):
-    """Return the sum of products of two lists of tensors; a missing gradient counts as zero."""
+def sum_of_products(gradient, parts):
+    """Return gradient . parts of two lists of tensors; a missing gradient counts as zero."""
     pairs = zip(gradient, parts, strict=True)
-    return tf.add_n([tf.reduce_sum(g * v) for g, v in pairs if g is not None])
+    # embeddings have IndexedSlices for gradients
+    terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v) for g, v in pairs if g is not None]
+    return tf.add_n(terms)
 
 
 def per_example_gradients(objective, x, y):
@@ -322,8 +318,7 @@ def _double_vjp_dots(objective, x, y, weight, vectors):
             outer.watch(weight)
             with tf.GradientTape() as inner:
                 loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
-            gradient = _dense(inner.gradient(loss, objective.tensors))
-            dot = _dot(gradient, parts)
+            dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
         return outer.gradient(dot, weight) * weight
 
     return _map_rows(objective, one_vector, tf.transpose(vectors))

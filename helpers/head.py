@@ -24,6 +24,15 @@ def gemm(a, b):
     return tf.matmul(a, b).numpy() if ON_GPU else a @ b
 
 
+def gram(phi, weight):
+    """Return phi' diag(weight) phi; weights of one sign take half the work (a symmetric GEMM)."""
+    sign = 1 if weight.min() >= 0 else -1 if weight.max() <= 0 else 0
+    if sign == 0:
+        return gemm(phi.T, phi * weight[:, None])
+    half = phi * np.sqrt(np.abs(weight))[:, None]
+    return sign * gemm(half.T, half)
+
+
 class Head:
     """The features, labels and loss of an objective whose parameters are one last Dense layer."""
 
@@ -80,27 +89,25 @@ class Head:
 
     def losses(self, y, outputs):
         """Return the loss at outputs (m, C) or, for k models at once, (m, C, k): (m,) or (m, k)."""
-        if outputs.ndim == 2:
-            return self._call(self._losses, y, outputs).numpy()
-        m, c, k = outputs.shape
-        flat = np.moveaxis(outputs, 2, 1).reshape(m * k, c)
-        return self._call(self._losses, np.repeat(y, k, 0), flat).numpy().reshape(m, k)
+        return self._each(self._losses, y, outputs)
 
     def residuals(self, y, outputs):
         """Return r (m, C), or (m, C, k) for k models at once."""
-        if outputs.ndim == 2:
-            return self._call(self._residuals, y, outputs).numpy()
-        m, c, k = outputs.shape
-        flat = np.moveaxis(outputs, 2, 1).reshape(m * k, c)
-        r = self._call(self._residuals, np.repeat(y, k, 0), flat).numpy()
-        return np.moveaxis(r.reshape(m, k, c), 1, 2)
+        return self._each(self._residuals, y, outputs)
 
     def curvatures(self, y, outputs):
         """Return A (m, C, C) at outputs (m, C)."""
-        return self._call(self.tf_curvatures, y, outputs).numpy()
+        return self._each(self.tf_curvatures, y, outputs)
 
-    def _call(self, function, y, outputs):
-        return function(tf.convert_to_tensor(y), tf.convert_to_tensor(outputs, tf.float64))
+    def _each(self, function, y, outputs):
+        """Return function(y, outputs) (m, ...), or (m, ..., k) for outputs of k models at once."""
+        m, c, *k = outputs.shape
+        if k:
+            y, outputs = np.repeat(y, *k, 0), np.moveaxis(outputs, 2, 1).reshape(-1, c)
+        values = function(
+            tf.convert_to_tensor(y), tf.convert_to_tensor(outputs, tf.float64)
+        ).numpy()
+        return np.moveaxis(values.reshape(m, *k, *values.shape[1:]), 1, -1) if k else values
 
     @tf.function(reduce_retracing=True)
     def _losses(self, y, outputs):
@@ -136,7 +143,7 @@ class Head:
         h = np.empty((self.d, self.c, self.d, self.c))
         for i in range(self.c):
             for j in range(i, self.c):
-                h[:, i, :, j] = gemm(self.phi.T, self.phi * a[:, i, j, None])
+                h[:, i, :, j] = gram(self.phi, a[:, i, j])
                 h[:, j, :, i] = h[:, i, :, j]  # the block is symmetric in the features
         h = h.reshape(self.d * self.c, -1)
         h[np.diag_indices_from(h)] += self.decay

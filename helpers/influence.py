@@ -4,6 +4,8 @@
 point is helpful. `influence_on_loss` is Koh & Liang's I_up,loss = -n times that.
 """
 
+import warnings
+
 import numpy as np
 import tensorflow as tf
 
@@ -21,6 +23,7 @@ from helpers.curvature import (
     hessian_operator,
     is_vectorisable,
     per_example_gradients,
+    sum_of_products,
 )
 from helpers.solvers import (
     Cholesky,
@@ -108,10 +111,11 @@ def s_test(
     """Return s_test = (H + damping I)^-1 grad loss(z_test), one column a test point, as a Solution.
 
     Koh & Liang 2017, section 3. The test gradients carry no regulariser; H is of the whole
-    objective. `x` of the Solution is (p, m); a zero test gradient has a zero column. Solvers,
-    damping and further options: `ihvp`.
+    objective. `x` of the Solution is (p, m); a zero test gradient has a zero column, and one that
+    is zero but for rounding raises a UserWarning. Solvers, damping and further options: `ihvp`.
     """
     gradients = per_example_gradients(objective, x_test, y_test)
+    _warn_of_zeros(np.linalg.norm(gradients, axis=1), gradients.dtype)
     return ihvp(
         objective,
         gradients.T,
@@ -121,6 +125,16 @@ def s_test(
         max_steps=max_steps,
         **options,
     )
+
+
+def _warn_of_zeros(norms, dtype):
+    none = int((norms <= 10 * np.finfo(dtype).eps * max(1.0, norms.max(initial=0))).sum())
+    if none:
+        warnings.warn(
+            f"{none} of {len(norms)} test gradients are zero but for rounding: the model is so "
+            "sure of these points that no training point has a meaningful influence on them.",
+            stacklevel=3,
+        )
 
 
 def predicted_loss_change(objective, s):
@@ -187,11 +201,5 @@ def _input_gradients(objective, s, x, y):
         outer.watch(x)
         with tf.GradientTape() as inner:
             loss = tf.reduce_sum(objective.example_losses(x, y))
-        gradient = inner.gradient(loss, objective.tensors)
-        terms = [
-            tf.reduce_sum(tf.convert_to_tensor(g) * v)
-            for g, v in zip(gradient, parts, strict=True)
-            if g is not None
-        ]
-        dot = tf.add_n(terms)
+        dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
     return outer.gradient(dot, x)

@@ -21,7 +21,7 @@ class Solution(NamedTuple):
     steps : (k,) products spent on each column; converged : (k,); negative_curvature : (k,), met a
     direction d with d'(H + damping I)d <= 0; lambda_min, lambda_max : of H + damping I, exact for
     `eigh`, else estimates from inside the spectrum (lambda_min from above, lambda_max from below);
-    history : (steps, k), CG's own running relative residuals, one row a step; else empty.
+    history : (steps + 1, k), CG's own running relative residuals from the start on; else empty.
     """
 
     x: np.ndarray
@@ -230,7 +230,8 @@ def conjugate_gradient(
         found = [t.numpy() for t in run(*start, *precondition.arrays)]
         correction, taken, met, residuals, curvatures, factors = found
         x, steps, negative = x + correction * scale, steps + taken, negative | met
-        history.append(residuals * scale / np.where(norms > 0, norms, 1))
+        seen = residuals * scale / np.where(norms > 0, norms, 1)
+        history.append(seen[1:] if history else seen)
         if "spectrum" not in known and precondition.function is _unchanged:
             known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
         residual = b - fresh(x)
@@ -260,8 +261,8 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
     """Run block CG from zero.
 
     The residual is kept as R = Q C with Q' M^-1 Q = I, the directions S are conjugate. Returns x,
-    steps and negative curvature of each column, and of each step the residual norms, S'AS, and
-    the factor F of the next Q F = Q - A S (S'AS)^-1.
+    steps and negative curvature of each column; the residual norms at the start and after each
+    step; and of each step S'AS, and the factor F of the next Q F = Q - A S (S'AS)^-1.
     """
 
     def orthonormal(w):
@@ -287,7 +288,7 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
         norms = tf.norm(tf.matmul(q, c), axis=0)
         taken, negative = taken + tf.cast(active, tf.int64), negative | (active & bad)
         new = norms, curvature - tf.linalg.diag(dropped), factor
-        history = [array.write(i, value) for array, value in zip(history, new, strict=True)]
+        history = [array.write(i + 1, value) for array, value in zip(history, new, strict=True)]
         return i + 1, x, q, s, c, norms, taken, negative, history
 
     k = tf.shape(b)[1]
@@ -296,7 +297,9 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
         tf.TensorArray(tf.float64, 0, dynamic_size=True, element_shape=shape)
         for shape in ((None,), (None, None), (None, None))
     ]
-    norms = tf.norm(b, axis=0)
+    norms, nothing = tf.norm(b, axis=0), tf.zeros_like(c)
+    start = norms, nothing, nothing
+    history = [array.write(0, value) for array, value in zip(history, start, strict=True)]
     counts = tf.zeros(k, tf.int64), tf.zeros(k, tf.bool)
     state = tf.while_loop(
         lambda i, x, q, s, c, norms, taken, negative, history: (
@@ -305,7 +308,8 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
         step,
         (0, tf.zeros_like(b), q, z, c, norms, *counts, history),
     )
-    return state[1], state[6], state[7], *(array.stack() for array in state[8])
+    residuals, curvatures, factors = (array.stack() for array in state[8])
+    return state[1], state[6], state[7], residuals, curvatures[1:], factors[1:]
 
 
 def _small_eigh(a, b, diagonal=None):

@@ -1,5 +1,9 @@
 """Products and gradients against dense matrices, finite differences and each other."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -176,3 +180,15 @@ def test_squared_error_has_the_hessian_of_a_quadratic():
     objective = Objective(model, "mean_squared_error", x, y, weight_decay=0.1)
     expected = 2 * x.T @ x / 40 + 0.1 * np.eye(3)
     np.testing.assert_allclose(curvature.dense_hessian(objective), expected, atol=1e-14)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
+def test_memory_of_a_product_does_not_grow_with_the_data(tmp_path):
+    """Memory-mapped input, ten times the examples: less than 10 % more anonymous memory."""
+    script = Path(__file__).with_name("memory_of_streaming.py")
+    peaks = []
+    for n in (20_000, 200_000):
+        command = [sys.executable, script, str(n), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.split()[-1]))
+    assert peaks[1] <= 1.1 * peaks[0], peaks

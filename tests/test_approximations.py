@@ -1,0 +1,160 @@
+"""LiSSA, low rank, preconditioners, the spectrum and the damping that follows from it."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import SOFTMAX
+
+from helpers import approximations, curvature, influence, spectrum
+from helpers.objective import Objective
+
+
+def relative(x, expected):
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="module")
+def system(binary):
+    """H of a convex head, a right-hand side, and the solution with a damping of 0.1."""
+    h = curvature.dense_hessian(binary.objective)
+    b = np.random.default_rng(0).normal(size=(len(h), 2))
+    return binary.objective, h, b, np.linalg.solve(h + 0.1 * np.eye(len(h)), b)
+
+
+def test_lissa_has_the_same_limit_as_every_other_solver(system):
+    """C2: (H + damping I)^-1 b. The released code's own damping gives another limit."""
+    objective, h, b, expected = system
+    solution = influence.ihvp(objective, b, solver="lissa", damping=0.1, depth=2000)
+    assert relative(solution.x, expected) <= 1e-8
+    scale, x = 2 * np.linalg.eigvalsh(h)[-1], b.copy()
+    for _ in range(2000):
+        x = b + (1 - 0.1) * x - h @ x / scale  # damping outside the division, as released
+    released = np.linalg.solve(h + 0.1 * scale * np.eye(len(h)), b)
+    assert relative(x / scale, released) <= 1e-8
+    assert relative(x / scale, expected) > 0.05
+
+
+def test_lissa_on_batches_comes_near_and_says_how_near(system):
+    objective, _, b, expected = system
+    options = {"solver": "lissa", "damping": 0.1, "batch_size": 20, "rtol": 0.2}
+    solution = influence.ihvp(objective, b, samples=8, **options)
+    assert relative(solution.x, expected) <= 0.2
+    assert solution.relative_residual.max() <= 0.5
+    assert "8 x batch 20" in solution.method
+
+
+def test_lissa_says_so_when_it_diverges(system):
+    objective, _, b, _ = system
+    with pytest.raises(FloatingPointError, match="Raise scale"):
+        influence.ihvp(objective, b, solver="lissa", damping=0.1, scale=1e-3, depth=500)
+
+
+def test_lissa_chooses_a_depth_that_reaches_its_tolerance(system):
+    objective, _, b, expected = system
+    solution = influence.ihvp(objective, b, solver="lissa", damping=0.1, rtol=1e-3)
+    assert relative(solution.x, expected) <= 1e-2
+    assert solution.steps.max() < 20_000
+
+
+def test_low_rank_keeps_the_largest_eigenvalues_and_the_remainder(softmax):
+    """Keeping the smallest, or no remainder, is far off: both have been shipped elsewhere."""
+    objective, k = softmax.objective, 12
+    h = curvature.dense_hessian(objective)
+    g = curvature.per_example_gradients(objective, softmax.x_test, softmax.y_test).T
+    values, q = np.linalg.eigh(h)
+    rest = objective.decay.min()
+    largest = q[:, -k:]
+    outside = (g - largest @ (largest.T @ g)) / rest
+    expected = largest @ (largest.T @ g / values[-k:, None]) + outside
+    exact = np.linalg.solve(h, g)
+    solution = influence.ihvp(objective, g, solver="low_rank", rank=k)
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-6, atol=1e-8)
+    bare = largest @ (largest.T @ g / values[-k:, None])
+    smallest = q[:, :k] @ (q[:, :k].T @ g / values[:k, None])
+    error = relative(solution.x, exact)
+    assert error < relative(bare, exact)
+    assert error < relative(smallest, exact)
+    everything = influence.ihvp(objective, g, solver="low_rank", rank=objective.p - 1)
+    assert relative(everything.x, exact) <= 1e-6
+
+
+def test_low_rank_needs_to_know_what_it_leaves_out(network):
+    objective = network[0]
+    with pytest.raises(ValueError, match="Low rank needs weight decay"):
+        influence.ihvp(objective, np.ones(objective.p), solver="low_rank", damping=0.0)
+
+
+@pytest.fixture(scope="module")
+def stiff():
+    """A network with a wide spectrum, and a damping under which H is positive."""
+    keras.utils.set_random_seed(5)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(80, 6)) * np.geomspace(5, 0.1, 6)
+    y = (x @ rng.normal(size=(6, 3))).argmax(1)
+    body = [keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((6,)), *body])
+    objective = Objective(model, SOFTMAX, x, y, weight_decay=1e-3, decayed="all")
+    model.compile(keras.optimizers.Adam(0.02), loss=SOFTMAX)
+    model.fit(x, y, epochs=60, batch_size=20, verbose=0)
+    return objective, spectrum.choose_damping(objective).value
+
+
+@pytest.mark.parametrize("kind", ["gauss_newton", "nystroem"])
+def test_preconditioners_save_steps_and_change_no_solution(stiff, kind):
+    objective, damping = stiff
+    b = np.random.default_rng(6).normal(size=objective.p)
+    options = {"solver": "cg", "damping": damping, "rtol": 1e-9}
+    plain = influence.ihvp(objective, b, precondition=None, **options)
+    helped = influence.ihvp(objective, b, precondition=kind, **options)
+    assert plain.converged.all()
+    assert helped.converged.all()
+    assert helped.steps.max() <= 0.7 * plain.steps.max()
+    assert relative(helped.x, plain.x) <= 1e-6
+
+
+def test_one_traced_loop_serves_every_preconditioner_of_a_kind(stiff):
+    """Other weights, other dampings: nothing is traced again, and nothing old is used."""
+    objective, damping = stiff
+    b = np.random.default_rng(7).normal(size=objective.p)
+    for shift in (damping, 10 * damping):
+        solution = influence.ihvp(objective, b, solver="cg", damping=shift, rtol=1e-9)
+        h = curvature.dense_hessian(objective) + shift * np.eye(objective.p)
+        assert relative(solution.x, np.linalg.solve(h, b)) <= 1e-6
+    loops = [key for key in objective.compiled if isinstance(key, tuple) and key[0] == "CG"]
+    kinds = {key[2] for key in loops}
+    assert approximations._cholesky_solve in kinds
+    assert len(loops) == len(kinds)
+
+
+def test_the_spectrum_is_bracketed_from_inside_and_exact_at_full_length(stiff):
+    objective, _ = stiff
+    values = np.linalg.eigvalsh(curvature.dense_hessian(objective))
+    seen = spectrum.spectrum(objective, steps=20)
+    slack = 1e-9 * values[-1]
+    assert values[0] - slack <= seen.lambda_min
+    assert 0.99 * values[-1] <= seen.lambda_max <= values[-1] + slack
+    assert seen.weights.sum() == pytest.approx(1)
+    full = spectrum.spectrum(objective, steps=objective.p)
+    np.testing.assert_allclose(full.lambda_min, values[0], atol=1e-6)
+    np.testing.assert_allclose(full.lambda_max, values[-1], rtol=1e-9)
+
+
+def test_damping_is_chosen_from_the_spectrum_with_a_reason(stiff, binary, network):
+    objective, damping = stiff
+    values = np.linalg.eigvalsh(curvature.dense_hessian(objective))
+    assert values[0] + damping > 0
+    assert "Lanczos saw eigenvalues" in spectrum.choose_damping(objective).reason
+    convex = spectrum.choose_damping(binary.objective)
+    assert convex.value == 0
+    assert "convex head" in convex.reason
+    untrained = spectrum.choose_damping(network[0])
+    lowest = np.linalg.eigvalsh(curvature.dense_hessian(network[0]))[0]
+    assert lowest < 0
+    assert "negative" in untrained.reason
+    assert lowest + untrained.value > 0
+
+
+def test_cost_grows_with_steps_and_is_of_the_right_size(stiff):
+    objective, _ = stiff
+    costs = [spectrum.estimate_cost(objective, 2, steps=s) for s in (10, 1000)]
+    assert 0 < costs[0] < costs[1]
