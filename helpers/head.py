@@ -124,10 +124,10 @@ class Head:
 
     @tf.function(reduce_retracing=True)
     def tf_curvatures(self, y, outputs):
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)
-            residuals = self._residuals(y, outputs)
-        return tape.batch_jacobian(residuals, outputs)
+            columns = tf.unstack(self._residuals(y, outputs), axis=1)
+        return tf.stack([tape.gradient(column, outputs) for column in columns], axis=1)
 
     def gradients(self, phi, residuals):
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
