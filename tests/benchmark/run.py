@@ -190,6 +190,10 @@ def processor():
     return f"{names[0] if names else platform.processor()}, {cores} cores, no GPU used"
 
 
+def _seconds(value):
+    return "once" if np.isnan(value) else f"{value:.3g}"
+
+
 def markdown(rows, ratios, machine):
     """Return the table as Markdown."""
     lines = [f"Medians of interleaved runs on {machine}. Where a row says so it is scaled up.", ""]
@@ -204,7 +208,7 @@ def markdown(rows, ratios, machine):
         scaled = " (scaled)" if row["extrapolated"] else ""
         lines.append(
             f"| {row['task'].upper()} | {row['method']}{scaled} | {row['first s']:.3g} | "
-            f"{row['repeated s']:.3g} | {row['relative error']:.1e} | {row['memory MB']:.0f} | "
+            f"{_seconds(row['repeated s'])} | {row['relative error']:.1e} | {row['memory MB']:.0f} | "
             f"{row['settings']} |"
         )
     lines += ["", "Many right-hand sides on the softmax head of the digits (p 640):", ""]
