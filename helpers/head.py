@@ -149,6 +149,17 @@ class Head:
         h[np.diag_indices_from(h)] += self.decay
         return h
 
+    def product(self, theta, *, weight=None, n=None):
+        """Return v (p,) -> H v at theta, for p too large to form H."""
+        a = self.curvatures(self.y, self.outputs(self.phi, theta))
+        a *= self._share(weight, n)[:, None, None]
+
+        def hv(v):
+            moved = np.einsum("nab,nb->na", a, gemm(self.phi, v.reshape(self.d, self.c)))
+            return gemm(self.phi.T, moved).ravel() + self.decay * v
+
+        return hv
+
     def gradient(self, theta, *, weight=None, n=None):
         """Return the gradient of the whole objective at theta, (p,)."""
         r = self.residuals(self.y, self.outputs(self.phi, theta)) * self._share(weight, n)[:, None]

@@ -43,6 +43,8 @@ def show_number(value):
     """Return a number as text with three digits; rounding noise (below 1e-9) is said to be that."""
     if value is None or np.isnan(value):
         return "-"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:,.0f}"
     if value != 0 and abs(value) < 1e-9:
         return "below 1e-9"
     return f"{value:.3g}"

@@ -11,13 +11,20 @@ prediction (Pregibon 1981; Rad & Maleki 2020); repeating it with the same factor
 is the exact refit, all points at once.
 """
 
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse.linalg
 from tqdm.auto import tqdm
 
 from helpers.head import gemm
 from helpers.solvers import Cholesky
+
+DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
 
 
 class Fit(NamedTuple):
@@ -74,9 +81,19 @@ def newton(head, theta, tol, max_steps, **left_out):
         gradient = head.gradient(theta, **left_out)
         if np.linalg.norm(gradient) <= tol:
             return theta, step
-        direction = Cholesky(head.hessian(theta, **left_out)).solve(gradient)
+        direction = _newton_direction(head, theta, gradient, left_out)
         theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
     return theta, max_steps
+
+
+def _newton_direction(head, theta, gradient, left_out):
+    """Return H^-1 g: by Cholesky, or for many parameters by CG, tighter as the gradient falls."""
+    if len(theta) <= DENSE_FIT:
+        return Cholesky(head.hessian(theta, **left_out)).solve(gradient)
+    product, p = head.product(theta, **left_out), len(theta)
+    operator = scipy.sparse.linalg.LinearOperator((p, p), product, dtype=np.float64)
+    rtol = min(0.1, np.sqrt(np.linalg.norm(gradient)))
+    return scipy.sparse.linalg.cg(operator, gradient, rtol=rtol)[0]
 
 
 def _armijo(head, theta, loss, direction, decrease, left_out):
@@ -173,17 +190,42 @@ class Removals:
             changes[:, rows] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
 
-    def exact(self, rows, *, tol=1e-10, batch=500, max_steps=200):
+    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=None):
         """Return theta_-i, the exact refits without each given training point, (p, k).
 
         Fixed-factor Newton steps from the Newton prediction, for a batch of points at once, until
         every left-out gradient norm is <= tol; points that contract too slowly get Newton's method
         of their own.
+
+        batch : points at a time; by default what fits the objective's memory budget, at most 500.
+        checkpoint : a folder that keeps every finished batch, so that an interrupted run goes on
+            where it was; files of other data, weights or rows are not touched and not used.
         """
         rows = np.asarray(rows)
+        batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
+        keep = _kept(checkpoint, [self.theta, self.head.phi, self.head.y, self.head.decay, tol])
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
-        return np.concatenate([self._exact(part, tol, max_steps) for part in bar], axis=1)
+        return np.concatenate(
+            [keep(part, partial(self._exact, part, tol, max_steps)) for part in bar], axis=1
+        )
+
+    def group_newton_step(self, rows):
+        """Return theta_-G - theta by one Newton step on the objective without a group, (p,)."""
+        left_out = self._without(rows)
+        gradient = self.head.gradient(self.theta, **left_out)
+        return -_newton_direction(self.head, self.theta, gradient, left_out)
+
+    def exact_groups(self, groups, *, tol=1e-10):
+        """Return theta_-G, the exact refit without each group of training points, (p, groups)."""
+        bar = tqdm(groups, desc="leave-group-out refits", unit="group", leave=False)
+        refits = [newton(self.head, self.theta, tol, 100, **self._without(g))[0] for g in bar]
+        return np.stack(refits, axis=1)
+
+    def _without(self, rows):
+        weight = self.head.weight.copy()
+        weight[rows] = 0.0
+        return {"weight": weight, "n": self.head.n - len(np.atleast_1d(rows))}
 
     def _exact(self, rows, tol, max_steps):
         head, pieces = self.head, self._pieces(rows)
@@ -216,15 +258,39 @@ class Removals:
         return data / (head.n - 1) + head.decay[:, None] * theta
 
     def _refit_alone(self, theta, row, tol):
-        weight = self.head.weight.copy()
-        weight[row] = 0.0
-        return newton(self.head, theta, tol, 100, weight=weight, n=self.head.n - 1)[0]
+        return newton(self.head, theta, tol, 100, **self._without(row))[0]
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for refits (p, k), (m, k) nats."""
         phi = self.head.features(x_test, y_test)
         base = self.head.losses(y_test, self.head.outputs(phi, self.theta))
         return self.head.losses(y_test, self.head.outputs(phi, thetas)) - base[:, None]
+
+
+def _kept(folder, fingerprint):
+    """Return keep(rows, compute): compute(), or what an earlier run with these numbers stored."""
+    if folder is None:
+        return lambda rows, compute: compute()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = hashlib.sha256()
+    for part in fingerprint:
+        base.update(np.ascontiguousarray(part))
+
+    def keep(rows, compute):
+        digest = base.copy()
+        digest.update(np.ascontiguousarray(rows))
+        path = folder / f"{digest.hexdigest()[:20]}.npy"
+        if path.exists():
+            return np.load(path)
+        values = compute()
+        partial_path = path.with_suffix(".partial")
+        with partial_path.open("wb") as file:
+            np.save(file, values)
+        os.replace(partial_path, path)
+        return values
+
+    return keep
 
 
 class _Pieces(NamedTuple):

@@ -19,9 +19,11 @@ class Solution(NamedTuple):
 
     x : (p,) or (p, k) float64; relative_residual : (k,) ||b - (H + damping I) x|| / ||b||;
     steps : (k,) products spent on each column; converged : (k,); negative_curvature : (k,), met a
-    direction d with d'(H + damping I)d <= 0; lambda_min, lambda_max : of H + damping I, exact for
-    `eigh`, else estimates from inside the spectrum (lambda_min from above, lambda_max from below);
-    history : (steps + 1, k), CG's own running relative residuals from the start on; else empty.
+    direction d with d'(H + damping I)d <= 0, somewhere in the block; lambda_min, lambda_max : of
+    H + damping I, exact for `eigh`, estimates from inside the spectrum (lambda_min from above,
+    lambda_max from below) for plain CG, else NaN;
+    history : (steps + 1, k), CG's own running relative residuals from the start on, NaN in a
+    restart without the column; else empty.
     """
 
     x: np.ndarray
@@ -65,6 +67,8 @@ def columns_of(b):
         raise ValueError(f"Right-hand sides are (p,) or columns (p, k), not shape {b.shape}.")
     if not np.isfinite(b).all():
         raise ValueError("A right-hand side holds NaN or infinity; look at the model's losses.")
+    if b.shape[-1] == 0:
+        raise ValueError("There is no right-hand side.")
     return (b[:, None], True) if b.ndim == 1 else (b, False)
 
 
@@ -152,9 +156,11 @@ def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
             "negative": np.full(b.shape[1], shifted[0] <= 0),
             "spectrum": (shifted[0], shifted[-1]),
         }
-        x, a = q @ (projected / shifted[:, None]), damped(matrix, damping)
+        inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=shifted != 0)
+        x = q @ (projected * inverse[:, None])
+        product = partial(_damped_product, matrix, damping)
         solution = certify(
-            a.__matmul__, b, x, single, rtol=rtol, damping=damping, method="eigh", **known
+            product, b, x, single, rtol=rtol, damping=damping, method="eigh", **known
         )
         solutions.append(solution)
     return solutions
@@ -174,6 +180,10 @@ class Preconditioner(NamedTuple):
         return self.function(r, *self.arrays)
 
 
+def _damped_product(matrix, damping, x):
+    return matrix @ x + damping * x
+
+
 def conjugate_gradient(
     product,
     b,
@@ -189,7 +199,8 @@ def conjugate_gradient(
 
     O'Leary 1980 in the form of Dubrulle 2001, preconditioned; one `tf.while_loop`, one product of k
     columns a step. All columns search the space that all of them span, so k right-hand sides take
-    fewer steps together than the slowest takes alone. One column is Hestenes & Stiefel's CG.
+    no more steps together than the slowest takes alone, and usually fewer. One column is Hestenes &
+    Stiefel's CG.
     How this differs from a textbook loop:
     1. vectors and dot products are float64, whatever `dtype` the product computes in;
     2. directions that depend on others (equal, zero or surplus right-hand sides) are dropped;
@@ -209,7 +220,7 @@ def conjugate_gradient(
     shift, matvec = tf.constant(float(damping), tf.float64), in_float64(product, dtype)
     compiled = {} if compiled is None else compiled
     if not isinstance(precondition, Preconditioner):
-        precondition = Preconditioner(precondition or _unchanged)
+        precondition = Preconditioner(precondition or unchanged)
     matvec = compiled.setdefault(("product", dtype), tf.function(matvec, reduce_retracing=True))
     loop = partial(_cg_loop, matvec, precondition.function)
     run = compiled.setdefault(
@@ -231,10 +242,12 @@ def conjugate_gradient(
         correction, taken, met, residuals, curvatures, factors = found
         x, steps, negative = x + correction * scale, steps + taken, negative | met
         seen = residuals * scale / np.where(norms > 0, norms, 1)
-        history.append(seen[1:] if history else seen)
-        if "spectrum" not in known and precondition.function is _unchanged:
+        history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
+        if "spectrum" not in known and precondition.function is unchanged:
             known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
         residual = b - fresh(x)
+        if not np.isfinite(residual).all():
+            raise FloatingPointError("A product is NaN or infinite: look at the model's losses.")
         missed = (np.linalg.norm(residual, axis=0) > rtol * norms) & ~negative
         if not missed.any() or steps.max() >= max_steps:
             break
@@ -253,7 +266,7 @@ def in_float64(product, dtype):
     return matvec
 
 
-def _unchanged(r):
+def unchanged(r):
     return r
 
 

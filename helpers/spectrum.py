@@ -15,7 +15,7 @@ from helpers.curvature import compiled, hessian_operator
 
 
 class Spectrum(NamedTuple):
-    """What Lanczos saw: `values` (steps,) and their `weights` (steps,), which sum to one.
+    """What Lanczos saw: `values` and their `weights`, (steps x starts,), which sum to one.
 
     The weights are the share of a random vector along each value: with several starts, a picture of
     the spectral density (stochastic Lanczos quadrature).
@@ -36,13 +36,20 @@ class Damping(NamedTuple):
     spectrum: Spectrum | None
 
 
-def spectrum(objective, *, steps=40, starts=1, seed=0, gauss_newton=False):
+def spectrum(objective, *, steps=40, starts=1, seed=0, gauss_newton=False, rows=None):
     """Return the Spectrum of H (or of the Gauss-Newton matrix) from steps x starts products.
 
-    Lanczos with full reorthogonalisation, vectors in float64.
+    Lanczos with full reorthogonalisation, vectors in float64. `rows` takes H of those training
+    examples only.
     """
     rng = np.random.default_rng(seed)
     product = _gauss_newton_columns if gauss_newton else _hessian_columns
+    if rows is not None:
+        chosen = tf.constant(rows)
+
+        def product(objective, q):
+            return _some_hessian_columns(objective, q, chosen)
+
     values, weights = [], []
     for _ in range(starts):
         alphas, betas = _lanczos(objective, product, min(steps, objective.p), rng)
@@ -83,21 +90,27 @@ def _gauss_newton_columns(objective, vectors):
     return _columns(objective, hessian_operator(objective, gauss_newton=True), vectors)
 
 
+@compiled
+def _some_hessian_columns(objective, vectors, rows):
+    return _columns(objective, hessian_operator(objective, rows=rows), vectors)
+
+
 def _columns(objective, product, vectors):
     dtype = "float64" if objective.head else objective.dtype
     return tf.cast(product(tf.cast(vectors, dtype)), tf.float64)
 
 
 def choose_damping(objective, *, steps=40, seed=0):
-    """Return the Damping that makes H + damping I safely positive definite, with the reason.
+    """Return the Damping that makes H + damping I positive definite, with the reason.
 
     Zero for a convex head whose every parameter decays. Otherwise from Lanczos: zero where
-    lambda_min is clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max, Koh & Liang's rule
-    ("about the size of the most negative eigenvalue") with a margin, since Lanczos sees lambda_min
-    from above.
+    lambda_min is clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp by
+    about the size of the most negative eigenvalue; the margins are ours, since Lanczos sees
+    lambda_min from above. It can miss a lone negative eigenvalue; conjugate gradients then report
+    negative curvature.
     """
     decay = objective.decay.min()
-    if objective.head and decay > 0:
+    if objective.head and decay > 0 and _is_convex(objective.head, objective.theta):
         reason = f"none needed: a convex head, every eigenvalue is at least the decay {decay:g}"
         return Damping(0.0, reason, None)
     seen = spectrum(objective, steps=steps, seed=seed)
@@ -110,10 +123,17 @@ def choose_damping(objective, *, steps=40, seed=0):
     return Damping(float(f"{value:.2g}"), f"{where}; the smallest is {kind}", seen)
 
 
-def estimate_cost(objective, columns, *, steps=50):
-    """Return the seconds a conjugate-gradient solve of that many columns would take here.
+def _is_convex(head, theta):
+    """Return whether the loss of every training example bends upwards in the outputs."""
+    a = head.curvatures(head.y, head.outputs(head.phi, theta))
+    return np.linalg.eigvalsh(a).min() >= -1e-12
 
-    One compiled product of `columns` vectors is timed after a warm-up, times `steps` iterations.
+
+def estimate_cost(objective, columns, *, steps=50):
+    """Return the seconds `steps` of conjugate gradients on that many columns would take here.
+
+    One compiled product of `columns` vectors is timed after a warm-up, times `steps`; what making a
+    preconditioner costs is not in it.
     """
     vectors = tf.zeros((objective.p, columns), tf.float64)
     _hessian_columns(objective, vectors)

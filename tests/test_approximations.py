@@ -158,3 +158,49 @@ def test_cost_grows_with_steps_and_is_of_the_right_size(stiff):
     objective, _ = stiff
     costs = [spectrum.estimate_cost(objective, 2, steps=s) for s in (10, 1000)]
     assert 0 < costs[0] < costs[1]
+
+
+def test_a_non_convex_loss_on_a_head_is_not_taken_for_convex():
+    """Squared error of a sigmoid bends downwards: a decay alone does not make H positive."""
+    model = keras.Sequential(
+        [keras.Input((1,)), keras.layers.Dense(1, "sigmoid", use_bias=False)]
+    )
+    objective = Objective(
+        model, keras.losses.MeanSquaredError(), np.ones((3, 1)), np.zeros((3, 1)), weight_decay=1e-3
+    )
+    objective.theta = [2.0]
+    assert curvature.dense_hessian(objective)[0, 0] < 0
+    chosen = spectrum.choose_damping(objective)
+    assert chosen.value > -curvature.dense_hessian(objective)[0, 0]
+    assert "negative" in chosen.reason
+
+
+def test_lissa_names_an_indefinite_hessian(network):
+    objective = network[0]
+    assert np.linalg.eigvalsh(curvature.dense_hessian(objective))[0] < 0
+    b = np.full(objective.p, 1e300)  # so that it overflows soon
+    with pytest.raises(FloatingPointError, match="not positive definite"):
+        influence.ihvp(objective, b, solver="lissa", damping=0.0, depth=5000)
+
+
+def test_a_sketch_of_nothing_preconditions_nothing():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, "tanh")])
+    flat = Objective(model, lambda y, p: 0 * keras.ops.sum(p, 1), np.ones((4, 2)), np.zeros(4))
+    r = np.random.default_rng(0).normal(size=(flat.p, 2))
+    plan = approximations.nystroem_preconditioner(flat, 0.1, rank=5)
+    np.testing.assert_array_equal(plan(r), r)
+
+
+def test_a_float32_network_is_solved_to_what_float32_can_reach(network):
+    _, x, y = network
+    keras.config.set_dtype_policy("float32")
+    try:
+        body = [keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((4,)), *body])
+    finally:
+        keras.config.set_dtype_policy("float64")
+    objective = Objective(model, SOFTMAX, x, y, weight_decay=0.05)
+    solution = influence.s_test(objective, x[:3], y[:3])
+    assert solution.dtype == "float32"
+    assert solution.converged.all(), str(solution)
+    assert solution.relative_residual.max() <= 1e-4

@@ -112,3 +112,65 @@ def test_weighted_fit_drops_a_point(softmax):
     retraining.fit_head(weighted)
     exact = retraining.Removals(softmax.objective).exact([i])[:, 0]
     np.testing.assert_allclose(weighted.theta, exact, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_fits_by_conjugate_gradients_reach_the_same_minimum(name, request, monkeypatch):
+    """What many parameters take, forced on few."""
+    problem = request.getfixturevalue(name)
+    expected, objective = problem.objective.theta, problem.bind()
+    monkeypatch.setattr(retraining, "DENSE_FIT", 0)
+    theta, steps = retraining.newton(objective.head, np.zeros(objective.p), 1e-11, 100)
+    assert steps < 30
+    np.testing.assert_allclose(theta, expected, atol=1e-8)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch):
+    """Nothing is lost, nothing is computed twice, and no number changes."""
+    removals, rows = retraining.Removals(softmax.objective), np.arange(12)
+    whole = removals.exact(rows, batch=4)
+    work, done = removals._exact, []
+
+    def interrupted(part, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(part)
+        return work(part, *rest)
+
+    monkeypatch.setattr(removals, "_exact", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        removals.exact(rows, batch=4, checkpoint=tmp_path)
+    done.clear()
+    resumed = removals.exact(rows, batch=4, checkpoint=tmp_path)
+    assert [part.tolist() for part in done] == [[8, 9, 10, 11]]
+    np.testing.assert_array_equal(resumed, whole)
+    other = retraining.Removals(softmax.bind(weight_decay=0.02))
+    different = other.exact(rows, batch=4, checkpoint=tmp_path)  # other data: other files
+    assert np.abs(different - whole).max() > 1e-6
+
+
+def test_group_refits_are_scikit_learns(binary):
+    removals = retraining.Removals(binary.objective)
+    groups = [np.arange(10), np.arange(30, 90)]
+    thetas = removals.exact_groups(groups)
+    for group, theta in zip(groups, thetas.T, strict=True):
+        keep = np.setdiff1d(np.arange(len(binary.x)), group)
+        reference = LogisticRegression(
+            C=1 / (len(keep) * binary.weight_decay),
+            fit_intercept=False,
+            tol=1e-12,
+            solver="newton-cholesky",
+        ).fit(binary.x[keep], binary.y[keep])
+        np.testing.assert_allclose(theta, reference.coef_[0], atol=1e-8)
+
+
+def test_a_group_newton_step_is_exact_for_squared_loss():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 4)), rng.normal(size=30)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, use_bias=False)])
+    objective = Objective(model, keras.losses.MeanSquaredError(), x, y, weight_decay=0.3)
+    retraining.fit_head(objective)
+    removals, group = retraining.Removals(objective), np.arange(12)
+    step = removals.group_newton_step(group)
+    exact = removals.exact_groups([group])[:, 0]
+    np.testing.assert_allclose(objective.theta + step, exact, atol=1e-10)

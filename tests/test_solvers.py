@@ -158,3 +158,19 @@ def test_bad_options_are_refused(binary, options, word):
 def test_bad_right_hand_sides_are_refused(binary, b, word):
     with pytest.raises(ValueError, match=word):
         influence.ihvp(binary.objective, b)
+
+
+def test_a_zero_eigenvalue_gives_no_nan():
+    solution = solvers.solve_eigh(np.diag([0.0, 1.0]), np.array([0.0, 1.0]), 0.0)[0]
+    np.testing.assert_array_equal(solution.x, [0.0, 1.0])
+    assert solution.negative_curvature.all()
+
+
+def test_products_that_are_not_numbers_are_named():
+    with pytest.raises(FloatingPointError, match="NaN"):
+        solvers.conjugate_gradient(lambda v: v * np.nan, np.ones(3))
+
+
+def test_no_right_hand_side_is_refused():
+    with pytest.raises(ValueError, match="no right-hand side"):
+        solvers.solve_cholesky(np.eye(2), np.ones((2, 0)))
