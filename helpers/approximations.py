@@ -7,7 +7,7 @@ import numpy as np
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers.curvature import compiled, dense_gauss_newton, hessian_operator
+from helpers.curvature import compiled, dense_gauss_newton, head_operator, hessian_operator
 from helpers.solvers import Preconditioner, certify, columns_of, damped, in_float64, unchanged
 from helpers.spectrum import spectrum
 
@@ -130,9 +130,11 @@ def _largest_batch_eigenvalue(objective, batch_size, rng, seen):
 def _lissa(objective, b, rows, damping, scale):
     """Run the recursion in one `tf.while_loop`: `rows` (depth, batch), a batch of 0 for all."""
 
+    whole = head_operator(objective) if objective.head else hessian_operator(objective)
+
     def step(j, x):
-        hx = hessian_operator(objective, rows=rows[j] if rows.shape[1] else None)(x)
-        return j + 1, b + x - (hx + damping * x) / scale
+        product = hessian_operator(objective, rows=rows[j]) if rows.shape[1] else whole
+        return j + 1, b + x - (product(x) + damping * x) / scale
 
     return tf.while_loop(lambda j, x: j < tf.shape(rows)[0], step, (0, b))[1]
 

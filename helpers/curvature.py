@@ -101,20 +101,30 @@ def _product(objective, vectors, columns):
 
 @compiled
 def _head_hvp(objective, vectors, rows=None):
-    """H V = (1/n) phi' [A (phi V)] + decay V: two GEMMs."""
+    return head_operator(objective, rows)(vectors)
+
+
+def head_operator(objective, rows=None):
+    """Return V -> H V = (1/n) phi' [A (phi V)] + decay V on tensors (p, k): two GEMMs.
+
+    A is computed here and not in the product: inside a `tf.function`, call this before its loop.
+    """
     head = objective.head
     phi, y, weight = head.tensors
     if rows is not None:
         phi, y, weight = (tf.gather(t, rows) for t in head.tensors)
-    n, k = tf.shape(phi)[0], tf.shape(vectors)[1]
+    n = tf.shape(phi)[0]
     theta = tf.cast(objective.flatten(objective.tensors), phi.dtype)
     a = head.tf_curvatures(y, tf.matmul(phi, tf.reshape(theta, (head.d, head.c))))
-    moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
-    moved = tf.matmul(a * weight[:, None, None], tf.reshape(moved, (n, head.c, k)))
-    back = tf.matmul(phi, tf.reshape(moved, (n, -1)), transpose_a=True)
-    return tf.reshape(back, tf.shape(vectors)) / tf.cast(n, phi.dtype) + (
-        head.decay[:, None] * vectors
-    )
+    a *= weight[:, None, None] / tf.cast(n, phi.dtype)
+
+    def product(vectors):
+        moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
+        moved = tf.matmul(a, tf.reshape(moved, (n, head.c, -1)))
+        back = tf.matmul(phi, tf.reshape(moved, (n, -1)), transpose_a=True)
+        return tf.reshape(back, tf.shape(vectors)) + head.decay[:, None] * vectors
+
+    return product
 
 
 @compiled

@@ -176,6 +176,9 @@ def draw(rows, path):
         for name, part in table[table["axis"] == axis].groupby("method", sort=False):
             panel.plot(part["value"], part["seconds"], "o-", label=name)
         panel.set(xscale="log", yscale="log", xlabel=label)
+        values = sorted(set(table[table["axis"] == axis]["value"]))
+        panel.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        panel.set_xticks([], minor=True)
     axes[0].set_ylabel("seconds for all m x n influences")
     axes[0].legend()
     figure.suptitle("One factorisation for all pairs, on a logistic head (n 2,000, p 1,024, m 100)")
@@ -208,8 +211,8 @@ def markdown(rows, ratios, machine):
         scaled = " (scaled)" if row["extrapolated"] else ""
         lines.append(
             f"| {row['task'].upper()} | {row['method']}{scaled} | {row['first s']:.3g} | "
-            f"{_seconds(row['repeated s'])} | {row['relative error']:.1e} | {row['memory MB']:.0f} | "
-            f"{row['settings']} |"
+            f"{_seconds(row['repeated s'])} | {row['relative error']:.1e} | "
+            f"{row['memory MB']:.0f} | {row['settings']} |"
         )
     lines += ["", "Many right-hand sides on the softmax head of the digits (p 640):", ""]
     lines += [f"- {name}: {value:.3g}" for name, value in ratios.items()]
