@@ -11,10 +11,7 @@ prediction (Pregibon 1981; Rad & Maleki 2020); repeating it with the same factor
 is the exact refit, all points at once.
 """
 
-import hashlib
-import os
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -198,16 +195,18 @@ class Removals:
         of their own.
 
         batch : points at a time; by default what fits the objective's memory budget, at most 500.
-        checkpoint : a folder that keeps every finished batch, so that an interrupted run goes on
-            where it was; files of other data, weights or rows are not touched and not used.
+        checkpoint : what `runtime.checkpoint(folder)` returned: finished batches are kept there and
+            an interrupted run goes on where it was.
         """
         rows = np.asarray(rows)
         batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
-        keep = _kept(checkpoint, [self.theta, self.head.phi, self.head.y, self.head.decay, tol])
+        head = self.head
+        same = [self.theta, head.decay, head.phi.sum(0), head.y, head.weight, tol]
+        keep = checkpoint or (lambda numbers, compute: compute())
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
         return np.concatenate(
-            [keep(part, partial(self._exact, part, tol, max_steps)) for part in bar], axis=1
+            [keep([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar], axis=1
         )
 
     def group_newton_step(self, rows):
@@ -265,32 +264,6 @@ class Removals:
         phi = self.head.features(x_test, y_test)
         base = self.head.losses(y_test, self.head.outputs(phi, self.theta))
         return self.head.losses(y_test, self.head.outputs(phi, thetas)) - base[:, None]
-
-
-def _kept(folder, fingerprint):
-    """Return keep(rows, compute): compute(), or what an earlier run with these numbers stored."""
-    if folder is None:
-        return lambda rows, compute: compute()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    base = hashlib.sha256()
-    for part in fingerprint:
-        base.update(np.ascontiguousarray(part))
-
-    def keep(rows, compute):
-        digest = base.copy()
-        digest.update(np.ascontiguousarray(rows))
-        path = folder / f"{digest.hexdigest()[:20]}.npy"
-        if path.exists():
-            return np.load(path)
-        values = compute()
-        partial_path = path.with_suffix(".partial")
-        with partial_path.open("wb") as file:
-            np.save(file, values)
-        os.replace(partial_path, path)
-        return values
-
-    return keep
 
 
 class _Pieces(NamedTuple):

@@ -1,5 +1,6 @@
 """The first call of every notebook: quiet logs, seeds, float64, and where files live."""
 
+import hashlib
 import os
 import random
 import sys
@@ -83,3 +84,28 @@ def need(path, made_by):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist yet: run notebook {made_by} first.")
     return Path(path)
+
+
+def checkpoint(folder):
+    """Return keep(numbers, compute): compute(), or what a run with the same numbers stored.
+
+    Results are arrays, one file each in `folder`, written whole or not at all; `numbers` is a list
+    of arrays and scalars that decide the result, so other data or settings mean other files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(numbers, compute):
+        digest = hashlib.sha256()
+        for part in numbers:
+            digest.update(np.ascontiguousarray(part))
+        path = folder / f"{digest.hexdigest()[:20]}.npy"
+        if path.exists():
+            return np.load(path)
+        values = compute()
+        with path.with_suffix(".partial").open("wb") as file:
+            np.save(file, values)
+        os.replace(path.with_suffix(".partial"), path)
+        return values
+
+    return keep

@@ -29,6 +29,8 @@ def test_the_notebooks_are_found():
         "02_training",
         "03_curvature",
         "04_influence",
+        "05_loo_validation",
+        "07_smooth_hinge",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)

@@ -6,7 +6,7 @@ import pytest
 from conftest import SOFTMAX
 from sklearn.linear_model import LogisticRegression
 
-from helpers import retraining
+from helpers import retraining, runtime
 from helpers.objective import Objective
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch)
     """Nothing is lost, nothing is computed twice, and no number changes."""
     removals, rows = retraining.Removals(softmax.objective), np.arange(12)
     whole = removals.exact(rows, batch=4)
-    work, done = removals._exact, []
+    work, done, keep = removals._exact, [], runtime.checkpoint(tmp_path)
 
     def interrupted(part, *rest):
         if len(done) == 2:
@@ -139,13 +139,13 @@ def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch)
 
     monkeypatch.setattr(removals, "_exact", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        removals.exact(rows, batch=4, checkpoint=tmp_path)
+        removals.exact(rows, batch=4, checkpoint=keep)
     done.clear()
-    resumed = removals.exact(rows, batch=4, checkpoint=tmp_path)
+    resumed = removals.exact(rows, batch=4, checkpoint=runtime.checkpoint(tmp_path))
     assert [part.tolist() for part in done] == [[8, 9, 10, 11]]
     np.testing.assert_array_equal(resumed, whole)
     other = retraining.Removals(softmax.bind(weight_decay=0.02))
-    different = other.exact(rows, batch=4, checkpoint=tmp_path)  # other data: other files
+    different = other.exact(rows, batch=4, checkpoint=keep)  # other data: other files
     assert np.abs(different - whole).max() > 1e-6
 
 
