@@ -15,10 +15,7 @@ from helpers.spectrum import spectrum
 def numpy_product(objective, damping):
     """Return V -> (H + damping I) V from NumPy to NumPy, and the dtype it computes in."""
     dtype = "float64" if objective.head else objective.dtype
-    matvec = objective.compiled.setdefault(  # the one that conjugate gradients use too
-        ("product", dtype),
-        tf.function(in_float64(hessian_operator(objective), dtype), reduce_retracing=True),
-    )
+    matvec = in_float64(hessian_operator(objective), dtype, objective.compiled)
     shift = tf.constant(float(damping), tf.float64)
     return lambda v: matvec(tf.constant(v, tf.float64), shift).numpy(), dtype
 

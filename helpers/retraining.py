@@ -78,18 +78,18 @@ def newton(head, theta, tol, max_steps, **left_out):
         gradient = head.gradient(theta, **left_out)
         if np.linalg.norm(gradient) <= tol:
             return theta, step
-        direction = _newton_direction(head, theta, gradient, left_out)
+        rtol = min(0.1, np.sqrt(np.linalg.norm(gradient)))  # tighter as the gradient falls
+        direction = _newton_direction(head, theta, gradient, left_out, rtol)
         theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
     return theta, max_steps
 
 
-def _newton_direction(head, theta, gradient, left_out):
-    """Return H^-1 g: by Cholesky, or for many parameters by CG, tighter as the gradient falls."""
+def _newton_direction(head, theta, gradient, left_out, rtol):
+    """Return H^-1 g: by Cholesky, or for many parameters by CG to a relative residual of rtol."""
     if len(theta) <= DENSE_FIT:
         return Cholesky(head.hessian(theta, **left_out)).solve(gradient)
     product, p = head.product(theta, **left_out), len(theta)
     operator = scipy.sparse.linalg.LinearOperator((p, p), product, dtype=np.float64)
-    rtol = min(0.1, np.sqrt(np.linalg.norm(gradient)))
     return scipy.sparse.linalg.cg(operator, gradient, rtol=rtol)[0]
 
 
@@ -213,7 +213,7 @@ class Removals:
         """Return theta_-G - theta by one Newton step on the objective without a group, (p,)."""
         left_out = self._without(rows)
         gradient = self.head.gradient(self.theta, **left_out)
-        return -_newton_direction(self.head, self.theta, gradient, left_out)
+        return -_newton_direction(self.head, self.theta, gradient, left_out, 1e-10)
 
     def exact_groups(self, groups, *, tol=1e-10):
         """Return theta_-G, the exact refit without each group of training points, (p, groups)."""

@@ -217,11 +217,10 @@ def conjugate_gradient(
     compiled : a dict that keeps the traced loop for the next call with the same product
     """
     b, single = columns_of(b)
-    shift, matvec = tf.constant(float(damping), tf.float64), in_float64(product, dtype)
-    compiled = {} if compiled is None else compiled
+    shift, compiled = tf.constant(float(damping), tf.float64), {} if compiled is None else compiled
+    matvec = in_float64(product, dtype, compiled)
     if not isinstance(precondition, Preconditioner):
         precondition = Preconditioner(precondition or unchanged)
-    matvec = compiled.setdefault(("product", dtype), tf.function(matvec, reduce_retracing=True))
     loop = partial(_cg_loop, matvec, precondition.function)
     run = compiled.setdefault(
         ("CG", dtype, precondition.function), tf.function(loop, reduce_retracing=True)
@@ -257,13 +256,16 @@ def conjugate_gradient(
     return certify(fresh, b, x, single, rtol=rtol, damping=damping, method=method, **known)
 
 
-def in_float64(product, dtype):
-    """Return (V, damping) -> (A + damping I) V on float64 tensors, A V computed in `dtype`."""
+def in_float64(product, dtype, compiled):
+    """Return (V, damping) -> (A + damping I) V on float64 tensors, A V computed in `dtype`.
+
+    One `tf.function`, kept in the dict `compiled` for every solver of the same product.
+    """
 
     def matvec(v, damping):
         return tf.cast(product(tf.cast(v, dtype)), tf.float64) + damping * v
 
-    return matvec
+    return compiled.setdefault(("product", dtype), tf.function(matvec, reduce_retracing=True))
 
 
 def unchanged(r):

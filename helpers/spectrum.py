@@ -36,14 +36,14 @@ class Damping(NamedTuple):
     spectrum: Spectrum | None
 
 
-def spectrum(objective, *, steps=40, starts=1, seed=0, gauss_newton=False, rows=None):
-    """Return the Spectrum of H (or of the Gauss-Newton matrix) from steps x starts products.
+def spectrum(objective, *, steps=40, starts=1, seed=0, rows=None):
+    """Return the Spectrum of H from steps x starts products.
 
     Lanczos with full reorthogonalisation, vectors in float64. `rows` takes H of those training
     examples only.
     """
     rng = np.random.default_rng(seed)
-    product = _gauss_newton_columns if gauss_newton else _hessian_columns
+    product = _hessian_columns
     if rows is not None:
         chosen = tf.constant(rows)
 
@@ -83,11 +83,6 @@ def _lanczos(objective, product, steps, rng):
 @compiled
 def _hessian_columns(objective, vectors):
     return _columns(objective, hessian_operator(objective), vectors)
-
-
-@compiled
-def _gauss_newton_columns(objective, vectors):
-    return _columns(objective, hessian_operator(objective, gauss_newton=True), vectors)
 
 
 @compiled

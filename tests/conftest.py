@@ -36,6 +36,16 @@ class Problem:
         return Objective(self.model, self.loss, self.x, self.y, **options)
 
 
+def ridge(n, d, weight_decay):
+    """Return a fitted linear regression with squared loss, whose removals have closed forms."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, d)), rng.normal(size=n)
+    model = keras.Sequential([keras.Input((d,)), keras.layers.Dense(1, use_bias=False)])
+    objective = Objective(model, keras.losses.MeanSquaredError(), x, y, weight_decay=weight_decay)
+    retraining.fit_head(objective)
+    return objective, x, y
+
+
 @pytest.fixture(scope="session")
 def binary():
     return Problem(200, 7, 12, 2)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import BINARY, Problem
+from conftest import BINARY, Problem, ridge
 
 from helpers import influence, models, retraining
 from helpers.objective import Objective
@@ -65,11 +65,8 @@ def test_removing_a_mislabelled_twin_lowers_the_test_loss():
 
 def test_ridge_regression_newton_step_is_exact_removal():
     """Squared loss: the Newton prediction equals the closed-form leave-one-out to 1e-10."""
-    rng = np.random.default_rng(0)
-    x, y, wd = rng.normal(size=(30, 4)), rng.normal(size=30), 0.3
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, use_bias=False)])
-    objective = Objective(model, keras.losses.MeanSquaredError(), x, y, weight_decay=wd)
-    retraining.fit_head(objective)
+    wd = 0.3
+    objective, x, y = ridge(30, 4, wd)
     steps = retraining.Removals(objective).newton_steps(np.arange(30))
     for i in range(30):
         keep = np.arange(30) != i

@@ -56,7 +56,6 @@ def naive(objective, x, y, data, kind, few=2):
     `eager` is how most scripts do it; `compiled` keeps one traced product and one traced gradient.
     Run on a few test points and scaled.
     """
-    objective.batch_size = objective.n
     tensors, damping = objective.tensors, float(data["damping"])
     decay = tf.constant(objective.decay, objective.dtype)
     theta = tf.constant(objective.theta, objective.dtype)
