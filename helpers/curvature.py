@@ -216,7 +216,7 @@ def per_example_gradients(objective, x, y):
 
 def _loss_gradients(objective, x, y):
     """Return grad loss_i = J_i' r_i as rows (b, p)."""
-    return _pulled(objective, x, _slopes(objective, x, y))
+    return _pulled(objective, x, output_slopes(objective, x, y))
 
 
 def _rows_at_once(objective):
@@ -276,7 +276,7 @@ def _example_gradients(objective, x, directions):
 
 
 @compiled
-def _slopes(objective, x, y):
+def output_slopes(objective, x, y):
     """Return r_i, the gradient of loss_i in the flat outputs, (b, C)."""
     outputs = objective.outputs(x)
     with tf.GradientTape() as tape:
@@ -357,11 +357,23 @@ def dense_gauss_newton(objective):
         return _columns(objective, gauss_newton_product)
     total = np.zeros((objective.p, objective.p))
     for x, y, weight in objective.batches(_rows_at_once(objective)):
-        factors = _output_factors(objective, x, y) * tf.sqrt(weight)[:, None, None]
-        for c in range(factors.shape[-1]):
-            rows = _pulled(objective, x, factors[:, :, c])
-            total += rows.T @ rows
+        for rows in _curvature_rows(objective, x, y):
+            total += (rows.T * weight.numpy()) @ rows
     return total / objective.n + np.diag(objective.decay)
+
+
+def curvature_factors(objective, x, y):
+    """Return U_i (m, p, C) of the given examples, U_i U_i' = J_i' A_i J_i: their share of n G."""
+    batches = objective.batches_of(x, y, batch_size=_rows_at_once(objective))
+    parts = [np.stack(list(_curvature_rows(objective, xb, yb)), -1) for xb, yb, _ in batches]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _curvature_rows(objective, x, y):
+    """Yield, for each column f of F_i with F_i F_i' = A_i, the rows J_i' f, (b, p)."""
+    factors = _output_factors(objective, x, y)
+    for c in range(factors.shape[-1]):
+        yield _pulled(objective, x, factors[:, :, c])
 
 
 @compiled

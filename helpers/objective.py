@@ -86,7 +86,7 @@ class Objective:
                     "With a tf.data.Dataset pass y and weights inside it, as "
                     "(x, y) or (x, y, weight) batches."
                 )
-            self._dataset, self.bytes_an_example = x.map(self._complete), 0
+            self._dataset, self.bytes_an_example, self._data = x.map(self._complete), 0, None
             sizes = [len(batch[2]) for batch in self._dataset]
             self.n, self.batch_size = sum(sizes), max(sizes, default=0)
         else:
@@ -100,6 +100,7 @@ class Objective:
             weight = np.ones(self.n) if sample_weight is None else sample_weight
             if any(isinstance(a, np.memmap) for a in keras.tree.flatten(x)):
                 self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
+                self._data = None
             else:
                 self._dataset, self._data = None, self._complete(x, y, weight)
         if self.n == 0:
@@ -131,33 +132,40 @@ class Objective:
             w = None if weight is None else weight[rows]
             yield self._complete(keras.tree.map_structure(lambda a, r=rows: a[r], x), y[rows], w)
 
-    def accumulate(self, function, zeros, copies=1):
-        """Return zeros + the sum of function(x, y, weight) over all batches.
+    def accumulate(self, function, zeros, copies=1, extra=()):
+        """Return zeros + the sum of function(x, y, weight, *extra) over all batches.
 
         To be called inside a `tf.function`: the loop over batches is part of the graph, and
         nothing leaves the device. A function that holds several `copies` of a batch's activations
-        gets smaller batches, so that they fit the memory budget together.
+        gets smaller batches, so that they fit the memory budget together. `extra` tensors have one
+        row an example; they need the training data in memory.
         """
         total = zeros
+        data = (*self._in_memory(), *extra) if extra else self._data
         if self._dataset is not None:
             for x, y, weight in self._dataset:
                 total += function(x, y, weight)
             return total
         step = self.rows_for(copies)
         if self.n <= step:
-            total += function(*self._data)
+            total += function(*data)
         else:
             for start in tf.range(0, self.n, step):
                 rows = slice(start, start + step)
-                x, y, weight = keras.tree.map_structure(lambda a, r=rows: a[r], self._data)
-                total += function(x, y, weight)
+                total += function(*keras.tree.map_structure(lambda a, r=rows: a[r], data))
         return total
 
     def gather(self, rows):
         """Return (x, y, weight) of the training examples with these indices."""
+        return keras.tree.map_structure(lambda a: tf.gather(a, rows), self._in_memory())
+
+    def _in_memory(self):
         if self._dataset is not None:
-            raise ValueError("Random batches need the training data in memory, not streamed.")
-        return keras.tree.map_structure(lambda a: tf.gather(a, rows), self._data)
+            raise ValueError(
+                "Single examples can be picked from arrays only: pass the training data as arrays "
+                "in memory, not as a tf.data.Dataset or memory-mapped."
+            )
+        return self._data
 
     def subset(self, rows):
         """Return the same objective over these training examples only."""

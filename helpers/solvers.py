@@ -120,6 +120,12 @@ class Cholesky:
         """Return L^-1 b, whose squared column norms are b' A^-1 b."""
         return scipy.linalg.solve_triangular(self._factor, b, lower=True, check_finite=False)
 
+    def unwhiten(self, b):
+        """Return L^-T b: the coordinates in which the matrix is the identity, turned back."""
+        return scipy.linalg.solve_triangular(
+            self._factor, b, lower=True, trans="T", check_finite=False
+        )
+
 
 def damped(matrix, damping):
     """Return matrix + damping I as a new array."""

@@ -1,0 +1,248 @@
+"""Retraining any Keras model without a training point, from where it stands.
+
+A network has many minima: what leaving a point out means is a convention. Here: the minimum of the
+left-out objective that descent reaches from theta (warm start), or the minimum of the proximal
+Bregman objective (Bae et al. 2022), which holds the network near theta.
+
+Descent is L-BFGS in coordinates whitened by one factorisation, so that curvature that is known is
+not learnt again. Decay stays and the average is over n - 1 points, as in `helpers.retraining`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+import tensorflow as tf
+from tqdm.auto import tqdm
+
+from helpers.curvature import (
+    compiled,
+    curvature_factors,
+    dense_gauss_newton,
+    loss_gradient,
+    output_slopes,
+    per_example_gradients,
+)
+from helpers.solvers import Cholesky, damped
+
+
+class Descent(NamedTuple):
+    """The end of a descent: theta (p,), its gradient norm, gradient evaluations, and verdict."""
+
+    theta: np.ndarray
+    gradient_norm: float
+    evaluations: int
+    converged: bool
+
+
+class Refits(NamedTuple):
+    """Retrained parameters (p, k), and of each its gradient norm and gradient evaluations (k,)."""
+
+    thetas: np.ndarray
+    gradient_norms: np.ndarray
+    evaluations: np.ndarray
+
+
+def polish(objective, *, tol=1e-7, rounds=20, steps=100):
+    """Train on to a stationary point of L, leave the model there, and return the Descent.
+
+    Up to `rounds` rounds of at most `steps` steps of L-BFGS, whitened by the Gauss-Newton matrix at
+    the start of each. Early stopping, dropout or a decoupled decay leave a model elsewhere; the
+    theory of influence needs a gradient of zero.
+    """
+    whole = _target(objective)
+    theta, spent, bar = objective.theta, 0, tqdm(range(rounds), "polish", unit="round", leave=False)
+    for _ in bar:
+        objective.theta = theta
+        g = dense_gauss_newton(objective)
+        floor = max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))
+        found = _descend(whole, theta, Cholesky(damped(g, floor)), tol, steps)
+        theta, spent = found.theta, spent + found.evaluations
+        bar.set_postfix_str(f"gradient norm {found.gradient_norm:.1e}")
+        if found.converged:
+            break
+    objective.theta = theta
+    return found._replace(evaluations=spent)
+
+
+class NetworkRemovals:
+    """One factorisation of a model's Hessian, for leaving any of its training points out.
+
+    hessian : (p, p), H at theta (`dense_hessian`) or, for a larger model, G; `damping` is added.
+    """
+
+    def __init__(self, objective, hessian, *, damping=0.0):
+        self.objective, self.theta = objective, objective.theta
+        k = damped(hessian, damping)
+        k[np.diag_indices_from(k)] -= objective.decay / objective.n
+        self.factor = Cholesky(k)
+        self.gradient = loss_gradient(objective)
+
+    def newton_steps(self, rows):
+        """Return theta_-i - theta by one Newton step on the left-out objective, (p, k).
+
+        The point's own curvature is removed as far as it is Gauss-Newton's, J_i' A_i J_i, by a
+        rank-C correction (Sherman-Morrison-Woodbury).
+        """
+        x, y, weight = self.objective.gather(np.asarray(rows))
+        own = per_example_gradients(self.objective, x, y).T * weight.numpy()
+        share = (self.objective.decay * self.theta)[:, None]
+        gradient = self.gradient[:, None] - (own + share) / self.objective.n
+        return -np.stack(
+            [self._solve_left_out(g, i) for g, i in zip(gradient.T, rows, strict=True)], axis=1
+        )
+
+    def _solve_left_out(self, g, row):
+        """Return (K + damping I - J_i' A_i J_i / n)^-1 g for one vector (p,)."""
+        n = self.objective.n
+        x, y, weight = self.objective.gather(np.array([row]))
+        u = curvature_factors(self.objective, x, y)[0] * np.sqrt(float(weight[0]))
+        both = self.factor.solve(np.column_stack([g, u]))
+        middle = np.eye(u.shape[1]) - u.T @ both[:, 1:] / n
+        return both[:, 0] + both[:, 1:] @ np.linalg.solve(middle, u.T @ both[:, 0] / n)
+
+    def corrected(self, rows, steps=3):
+        """Return theta_-i after the Newton step and 1, ..., `steps` more, (steps + 1, p, k).
+
+        Each step takes one gradient of the left-out objective and the same factor: no line search,
+        no safeguard. The first is free of any pass over the data.
+        """
+        thetas = np.empty((steps + 1, len(self.theta), len(rows)))
+        thetas[0] = self.theta[:, None] + self.newton_steps(rows)
+        shrink = (self.objective.n - 1) / self.objective.n
+        for j, row in enumerate(tqdm(rows, "corrections", unit="removal", leave=False)):
+            target = _target(self.objective, without=row)
+            for step in range(steps):
+                _, gradient = target(thetas[step, :, j])
+                self.objective.theta = self.theta  # the factor and the curvature belong to it
+                move = self._solve_left_out(shrink * gradient, row)
+                thetas[step + 1, :, j] = thetas[step, :, j] - move
+        return thetas
+
+    def retrain(self, rows, *, tol=1e-6, max_steps=500, checkpoint=None):
+        """Return the Refits that descent reaches from theta without each point: warm start."""
+        return self._refits(rows, partial(_target, self.objective), tol, max_steps, checkpoint)
+
+    def proximal(self, rows, damping, *, tol=1e-6, max_steps=500, checkpoint=None):
+        """Return the Refits of the proximal Bregman objective without each point.
+
+        Bae et al. 2022, equation 5, with eps = -1/n: outputs are held by the Bregman divergence of
+        the loss, parameters by (damping/2) ||t - theta||^2 and the decay. Its first order is the
+        influence with the Gauss-Newton matrix and the same damping.
+        """
+        x, y, _ = self.objective.gather(np.arange(self.objective.n))
+        batches = self.objective.batches_of(x, y)
+        slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
+        near = _Anchor(self.theta, damping, slopes)
+        target = partial(_target, self.objective, anchor=near)
+        return self._refits(rows, target, tol, max_steps, checkpoint, near.damping)
+
+    def _refits(self, rows, target, tol, max_steps, checkpoint, *numbers):
+        keep = checkpoint or (lambda numbers, compute: compute())
+        x, y, weight = self.objective.gather(np.arange(self.objective.n))
+        data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
+        same = [self.theta, self.objective.decay, tol, max_steps, *numbers, *data]
+
+        def one(row):
+            found = _descend(target(without=row), self.theta, self.factor, tol, max_steps)
+            return np.concatenate([found.theta, [found.gradient_norm, found.evaluations]])
+
+        bar = tqdm(rows, "retraining", unit="removal", leave=False)
+        try:
+            ends = [keep([*same, row], partial(one, row)) for row in bar]
+        finally:
+            self.objective.theta = self.theta
+        ends = np.stack(ends, axis=1)
+        return Refits(ends[:-2], ends[-2], ends[-1].astype(int))
+
+    def loss_change(self, thetas, x_test, y_test):
+        """Return loss(z_test, theta_k) - loss(z_test, theta) for parameters (p, k), (m, k) nats."""
+        base = self.objective.losses(x_test, y_test)
+        changes = np.empty((len(base), thetas.shape[1]))
+        for k, theta in enumerate(thetas.T):
+            self.objective.theta = theta
+            changes[:, k] = self.objective.losses(x_test, y_test) - base
+        self.objective.theta = self.theta
+        return changes
+
+
+class _Anchor(NamedTuple):
+    """Where a proximal objective holds: parameters, their damping, slopes of the losses there."""
+
+    theta: np.ndarray
+    damping: float
+    slopes: np.ndarray
+
+
+def _target(objective, without=None, anchor=None):
+    """Return theta -> (value, gradient (p,)) of L, or of L without a point, or near an anchor."""
+    decay, n = objective.decay, objective.n
+    weight = np.array(objective.gather(np.arange(n))[2])
+    slopes = np.zeros((n, 1)) if anchor is None else anchor.slopes * weight[:, None]
+    if without is not None:
+        weight[without] = 0.0
+    weight, slopes = (tf.constant(a, objective.dtype) for a in (weight, slopes))
+    left = n if without is None else n - 1
+
+    def target(theta):
+        objective.theta = theta
+        sums = _value_and_gradient(objective, weight, slopes).numpy().astype(np.float64)
+        if anchor is None:
+            value, gradient = sums[0] / left, sums[1:] / left
+            return value + decay @ theta**2 / 2, gradient + decay * theta
+        held, away = decay + anchor.damping, theta - anchor.theta
+        quadratic = held @ away**2 / 2 - decay @ theta**2 / (2 * n)
+        return sums[0] / n + quadratic, sums[1:] / n + held * away - decay * theta / n
+
+    return target
+
+
+@compiled
+def _value_and_gradient(objective, weight, slopes):
+    """Return sum_i w_i loss_i - slopes_i . outputs_i and its gradient as one vector (1 + p,)."""
+
+    def one_batch(x, y, _, weight, slopes):
+        with tf.GradientTape() as tape:
+            outputs = objective.outputs(x)
+            value = tf.tensordot(weight, objective.loss_of_outputs(y, outputs), 1)
+            flat = tf.reshape(outputs, (tf.shape(outputs)[0], -1))
+            value -= tf.reduce_sum(slopes * flat)
+        gradient = objective.flatten(tape.gradient(value, objective.tensors))
+        return tf.concat([value[None], gradient], 0)
+
+    zeros = tf.zeros(objective.p + 1, objective.dtype)
+    return objective.accumulate(one_batch, zeros, extra=(weight, slopes))
+
+
+def _descend(target, theta, factor, tol, max_steps):
+    """Return the Descent by L-BFGS from theta, in coordinates in which `factor`'s matrix is I.
+
+    They are scaled so that the first step of the method is the Newton step with that matrix.
+    """
+    _, gradient = target(theta)
+    evaluations, norm = 1, np.linalg.norm(gradient)
+    if norm <= tol:
+        return Descent(theta, float(norm), evaluations, True)
+    scale = np.linalg.norm(factor.whiten(gradient))
+    end = theta, norm
+
+    def whitened(phi):
+        nonlocal evaluations, end
+        evaluations += 1
+        there = theta + scale * factor.unwhiten(phi)
+        value, gradient = target(there)
+        end = there, np.linalg.norm(gradient)
+        return value / scale**2, factor.whiten(gradient) / scale
+
+    def stop(intermediate_result):
+        if end[1] <= tol:
+            raise StopIteration
+
+    options = {"maxiter": max_steps, "maxfun": 10 * max_steps, "maxcor": 100, "ftol": 0, "gtol": 0}
+    found = scipy.optimize.minimize(
+        whitened, np.zeros_like(theta), jac=True, method="L-BFGS-B", callback=stop, options=options
+    )
+    if end[1] > tol:
+        whitened(found.x)
+    return Descent(end[0], float(end[1]), evaluations, bool(end[1] <= tol))
