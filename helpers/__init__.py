@@ -3,8 +3,8 @@
 Layers, top to bottom; an import may only point down:
 
     notebook face   runtime, execute, reporting
-    studies         evaluation
-    mathematics     influence, retraining, approximations, solvers, spectrum,
+    studies         evaluation, vehicles
+    mathematics     influence, retraining, network_retraining, approximations, solvers, spectrum,
                     curvature, objective, head
     data            features, backbone, models, datasets, rendering
 """

@@ -77,8 +77,19 @@ def tidy(notebook, *, in_place):
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = _joined([o for o in cell.outputs if o.get("name") != "stderr"])
     return notebook
+
+
+def _joined(outputs):
+    """Return outputs with pieces of one stream joined: where they were cut is chance."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def run(source, target, parameters=None, *, html=True):

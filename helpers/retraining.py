@@ -162,29 +162,30 @@ class Removals:
         own = self.head.gradients(self.head.phi[rows], self.residual[rows]).T
         return self._solve_left_out(own + self._decay_theta[:, None], rows, pieces) / self.head.n
 
-    def newton_loss_change(self, x_test, y_test):
-        """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta), (m, n) nats.
+    def newton_loss_change(self, x_test, y_test, rows=None):
+        """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta) in nats, (m, k).
 
-        Evaluated, not linearised. For one output every shift of every test output comes from one
-        GEMM: no refit and no solve a point.
+        For the given rows (k,), by default all n training points. Evaluated, not linearised. For
+        one output every shift of every test output comes from one GEMM: no solve a point.
         """
         head = self.head
+        rows = np.arange(head.n) if rows is None else np.asarray(rows)
         phi = head.features(x_test, y_test)
         base = head.outputs(phi, self.theta)
         if head.c == 1:
             white = self.factor.whiten(phi.T)
             shift_t = gemm(white.T, self.factor.whiten(self._decay_theta))
-            own = self.residual[:, 0] * self._q + self._shift_i
-            gain = self.residual[:, 0] + self.curvature[:, 0, 0] / head.n * own / (
-                1 - self.leverage
-            )
-            shift = (gemm(white.T, self._white) * gain + shift_t[:, None]) / head.n
+            residual = self.residual[rows, 0]
+            own = residual * self._q[rows] + self._shift_i[rows]
+            bend = self.curvature[rows, 0, 0] / head.n * own / (1 - self.leverage[rows])
+            towards = self._white if len(rows) == head.n else self._white[:, rows]
+            shift = (gemm(white.T, towards) * (residual + bend) + shift_t[:, None]) / head.n
             moved = base[:, :, None] + shift[:, None, :]
             return head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
-        changes = np.empty((len(phi), head.n))
-        for rows in np.array_split(np.arange(head.n), max(1, head.n // 64)):
-            moved = head.outputs(phi, self.theta[:, None] + self.newton_steps(rows))
-            changes[:, rows] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
+        changes = np.empty((len(phi), len(rows)))
+        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 64)):
+            moved = head.outputs(phi, self.theta[:, None] + self.newton_steps(rows[part]))
+            changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
 
     def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=None):
