@@ -120,9 +120,14 @@ class NetworkRemovals:
                 thetas[step + 1, :, j] = thetas[step, :, j] - move
         return thetas
 
-    def retrain(self, rows, *, tol=1e-6, max_steps=500, checkpoint=None):
-        """Return the Refits that descent reaches from theta without each point: warm start."""
-        return self._refits(rows, partial(_target, self.objective), tol, max_steps, checkpoint)
+    def retrain(self, rows, *, fraction=1.0, tol=1e-6, max_steps=500, checkpoint=None):
+        """Return the Refits that descent reaches from theta without each point: warm start.
+
+        With a `fraction` below 1 only that share of the point's weight is taken away (the average
+        is then over n - fraction): the limit towards 0 is what influence is the derivative of.
+        """
+        target = partial(_target, self.objective, fraction=fraction)
+        return self._refits(rows, target, tol, max_steps, checkpoint, fraction)
 
     def proximal(self, rows, damping, *, tol=1e-6, max_steps=500, checkpoint=None):
         """Return the Refits of the proximal Bregman objective without each point.
@@ -175,15 +180,16 @@ class _Anchor(NamedTuple):
     slopes: np.ndarray
 
 
-def _target(objective, without=None, anchor=None):
+def _target(objective, without=None, fraction=1.0, anchor=None):
     """Return theta -> (value, gradient (p,)) of L, or of L without a point, or near an anchor."""
     decay, n = objective.decay, objective.n
     weight = np.array(objective.gather(np.arange(n))[2])
     slopes = np.zeros((n, 1)) if anchor is None else anchor.slopes * weight[:, None]
+    left = n
     if without is not None:
-        weight[without] = 0.0
+        weight[without] *= 1 - fraction
+        left = n - fraction
     weight, slopes = (tf.constant(a, objective.dtype) for a in (weight, slopes))
-    left = n if without is None else n - 1
 
     def target(theta):
         objective.theta = theta

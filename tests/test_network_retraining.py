@@ -1,0 +1,200 @@
+"""Retraining a network without a point: closed forms, finite differences, plain descent."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import SOFTMAX, ridge
+from scipy.optimize import check_grad, minimize
+
+from helpers import curvature, influence, retraining, runtime, solvers
+from helpers.network_retraining import NetworkRemovals, _Anchor, _target, polish
+from helpers.objective import Objective
+
+
+@pytest.fixture(scope="module")
+def polished():
+    """A tanh network of two layers at a minimum; labels noisy, examples weighted."""
+    keras.utils.set_random_seed(3)
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(90, 4))
+    y = np.where(
+        rng.random(90) < 0.25, rng.integers(0, 3, 90), (x @ rng.normal(size=(4, 3))).argmax(1)
+    )
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)]
+    )
+    objective = Objective(
+        model,
+        SOFTMAX,
+        x,
+        y,
+        weight_decay=0.05,
+        decayed="all",
+        batch_size=32,
+        sample_weight=rng.uniform(0.5, 2, 90),
+    )
+    descent = polish(objective, tol=1e-9)
+    return objective, descent, rng.normal(size=(5, 4)), np.array([0, 1, 2, 1, 0])
+
+
+def test_polishing_ends_at_a_minimum(polished):
+    objective, descent, *_ = polished
+    assert descent.converged
+    assert np.linalg.norm(curvature.loss_gradient(objective)) <= 1e-9
+    assert np.linalg.eigvalsh(curvature.dense_hessian(objective))[0] > 0
+    np.testing.assert_array_equal(objective.theta, descent.theta)
+
+
+def test_polishing_says_when_it_did_not_finish(polished):
+    objective, *_ = polished
+    theta = objective.theta
+    objective.theta = theta + 0.3
+    assert not polish(objective, rounds=1, steps=2).converged
+    objective.theta = theta
+
+
+def test_a_target_is_the_mean_loss_of_the_others(polished):
+    objective, *_ = polished
+    x, y, w = (a.numpy() for a in objective.gather(np.arange(90)))
+    theta, keep = objective.theta + 0.1, np.arange(90) != 7
+    value, gradient = _target(objective, without=7)(theta)
+    others = Objective(
+        objective.model,
+        SOFTMAX,
+        x[keep],
+        y[keep],
+        weight_decay=0.05,
+        decayed="all",
+        sample_weight=w[keep],
+    )
+    others.theta = theta
+    np.testing.assert_allclose(value, others.training_loss(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, curvature.loss_gradient(others), atol=1e-12)
+    objective.theta = polished[1].theta
+
+
+@pytest.mark.parametrize("kind", ["left out", "half left out", "proximal"])
+def test_gradients_of_targets_are_those_of_their_values(polished, kind):
+    objective, descent, *_ = polished
+    slopes = np.random.default_rng(0).normal(size=(90, 3))
+    target = {
+        "left out": lambda: _target(objective, without=3),
+        "half left out": lambda: _target(objective, without=3, fraction=0.5),
+        "proximal": lambda: _target(objective, 3, anchor=_Anchor(descent.theta, 0.1, slopes)),
+    }[kind]()
+    where = descent.theta + 0.2
+    gap = check_grad(lambda t: target(t)[0], lambda t: target(t)[1], where)
+    assert gap < 1e-5
+    objective.theta = descent.theta
+
+
+def test_curvature_factors_are_the_gauss_newton_matrix(polished):
+    objective, *_ = polished
+    x, y, w = objective.gather(np.arange(90))
+    u = curvature.curvature_factors(objective, x, y)
+    g = np.einsum("npc,nqc,n->pq", u, u, w.numpy()) / 90 + np.diag(objective.decay)
+    np.testing.assert_allclose(g, curvature.dense_gauss_newton(objective), atol=1e-12)
+
+
+def test_a_newton_step_of_a_linear_network_is_the_heads(softmax):
+    removals = NetworkRemovals(softmax.objective, curvature.dense_hessian(softmax.objective))
+    rows = np.array([0, 5, 99])
+    expected = retraining.Removals(softmax.objective).newton_steps(rows)
+    np.testing.assert_allclose(removals.newton_steps(rows), expected, atol=1e-12)
+
+
+def test_retraining_a_linear_network_is_the_exact_refit(softmax):
+    removals = NetworkRemovals(softmax.objective, curvature.dense_hessian(softmax.objective))
+    rows = np.array([0, 5, 99])
+    expected = retraining.Removals(softmax.objective).exact(rows)
+    refits = removals.retrain(rows, tol=1e-10)
+    np.testing.assert_allclose(refits.thetas, expected, atol=1e-7)
+    assert (refits.gradient_norms <= 1e-10).all()
+    corrected = removals.corrected(rows, 3)
+    errors = np.linalg.norm(corrected - expected, axis=1).max(1)
+    assert (errors[1:] < 0.2 * errors[:-1]).all()
+    np.testing.assert_array_equal(
+        corrected[0], softmax.objective.theta[:, None] + removals.newton_steps(rows)
+    )
+
+
+def test_retraining_a_network_equals_plain_descent_from_theta(polished):
+    """Another method, in other coordinates, with no factorisation."""
+    objective, descent, x_test, y_test = polished
+    removals, rows = (
+        NetworkRemovals(objective, curvature.dense_hessian(objective)),
+        np.array([4, 50]),
+    )
+    refits = removals.retrain(rows, tol=1e-8)
+    for theta, row in zip(refits.thetas.T, rows, strict=True):
+        plain = minimize(
+            _target(objective, without=row),
+            descent.theta,
+            jac=True,
+            method="BFGS",
+            options={"gtol": 1e-9, "maxiter": 5000},
+        ).x
+        np.testing.assert_allclose(theta, plain, atol=1e-5)
+    objective.theta = descent.theta
+    changes = removals.loss_change(refits.thetas, x_test, y_test)
+    base = objective.losses(x_test, y_test)
+    objective.theta = refits.thetas[:, 1]
+    np.testing.assert_allclose(changes[:, 1], objective.losses(x_test, y_test) - base, atol=1e-14)
+    objective.theta = descent.theta
+
+
+def test_taking_little_weight_away_changes_what_influence_predicts(polished):
+    objective, _, x_test, y_test = polished
+    removals, rows = (
+        NetworkRemovals(objective, curvature.dense_hessian(objective)),
+        np.array([4, 50]),
+    )
+    predicted = influence.predicted_loss_change(
+        objective, influence.s_test(objective, x_test, y_test)
+    )[:, rows]
+    little = removals.retrain(rows, fraction=1e-3, tol=1e-11)
+    actual = removals.loss_change(little.thetas, x_test, y_test) / 1e-3
+    np.testing.assert_allclose(actual, predicted, rtol=0.02, atol=1e-6)
+
+
+def test_the_proximal_response_of_ridge_regression_is_its_influence():
+    """For squared loss the Bregman objective is quadratic: its minimum has a closed form."""
+    objective, *_ = ridge(30, 4, 0.3)
+    g, rows, damping = curvature.dense_gauss_newton(objective), np.array([0, 11]), 0.2
+    refits = NetworkRemovals(objective, g).proximal(rows, damping, tol=1e-12)
+    x, y, _ = objective.gather(rows)
+    own = curvature.per_example_gradients(objective, x, y).T
+    share = (objective.decay * objective.theta)[:, None]
+    first = solvers.solve_cholesky(g, own + share, damping=damping).x / objective.n
+    phi = x.numpy()
+    for k in range(2):
+        # the removed point's loss is gone, its Bregman term is not: both are quadratic
+        moved = refits.thetas[:, k] - objective.theta
+        curvature_i = (
+            2 * np.outer(phi[k], phi[k]) / objective.n + np.diag(objective.decay) / objective.n
+        )
+        expected = np.linalg.solve(g + damping * np.eye(4) - curvature_i, (own + share)[:, k]) / 30
+        np.testing.assert_allclose(moved, expected, atol=1e-9)
+        np.testing.assert_allclose(moved, first[:, k], rtol=0.5)
+
+
+def test_an_interrupted_run_of_refits_goes_on_where_it_was(polished, tmp_path):
+    objective, *_ = polished
+    removals, rows = NetworkRemovals(objective, curvature.dense_hessian(objective)), np.arange(4)
+    whole = removals.retrain(rows)
+    keep, done = runtime.checkpoint(tmp_path), []
+
+    def interrupted(numbers, compute):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(numbers[-1])
+        return keep(numbers, compute)
+
+    with pytest.raises(KeyboardInterrupt):
+        removals.retrain(rows, checkpoint=interrupted)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+    np.testing.assert_array_equal(removals.retrain(rows, checkpoint=keep).thetas, whole.thetas)
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+    removals.proximal(rows[:1], 0.1, checkpoint=keep)  # another question, another file
+    removals.retrain(rows[:1], fraction=0.5, checkpoint=keep)
+    assert len(list(tmp_path.glob("*.npy"))) == 6
