@@ -44,26 +44,17 @@ class Refits(NamedTuple):
     evaluations: np.ndarray
 
 
-def polish(objective, *, tol=1e-7, rounds=20, steps=100):
+def polish(objective, *, tol=1e-8, rounds=30, steps=100):
     """Train on to a stationary point of L, leave the model there, and return the Descent.
 
     Up to `rounds` rounds of at most `steps` steps of L-BFGS, whitened by the Gauss-Newton matrix at
     the start of each. Early stopping, dropout or a decoupled decay leave a model elsewhere; the
     theory of influence needs a gradient of zero.
     """
-    whole = _target(objective)
-    theta, spent, bar = objective.theta, 0, tqdm(range(rounds), "polish", unit="round", leave=False)
-    for _ in bar:
-        objective.theta = theta
-        g = dense_gauss_newton(objective)
-        floor = max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))
-        found = _descend(whole, theta, Cholesky(damped(g, floor)), tol, steps)
-        theta, spent = found.theta, spent + found.evaluations
-        bar.set_postfix_str(f"gradient norm {found.gradient_norm:.1e}")
-        if found.converged:
-            break
-    objective.theta = theta
-    return found._replace(evaluations=spent)
+    bar = tqdm(range(rounds), "polish", unit="round", leave=False)
+    found = _settle(objective, _target(objective), objective.theta, None, tol, bar, steps)
+    objective.theta = found.theta
+    return found
 
 
 class NetworkRemovals:
@@ -105,31 +96,46 @@ class NetworkRemovals:
     def corrected(self, rows, steps=3):
         """Return theta_-i after the Newton step and 1, ..., `steps` more, (steps + 1, p, k).
 
-        Each step takes one gradient of the left-out objective and the same factor: no line search,
-        no safeguard. The first is free of any pass over the data.
+        Each goes along the Newton direction of the left-out objective, from one gradient and the
+        same factor, and is halved until that objective falls; from a Newton step that made it rise
+        they start at theta. Second value: gradient evaluations spent so far, (steps + 1, k).
         """
         thetas = np.empty((steps + 1, len(self.theta), len(rows)))
         thetas[0] = self.theta[:, None] + self.newton_steps(rows)
+        spent = np.zeros((steps + 1, len(rows)), int)
         shrink = (self.objective.n - 1) / self.objective.n
         for j, row in enumerate(tqdm(rows, "corrections", unit="removal", leave=False)):
             target = _target(self.objective, without=row)
-            for step in range(steps):
-                _, gradient = target(thetas[step, :, j])
+            at, there = target(self.theta), target(thetas[0, :, j])
+            moved = there[0] < at[0]  # also False where the loss is NaN
+            theta, at = (thetas[0, :, j], there) if moved else (self.theta, at)
+            spent[:, j] = 2
+            for step in range(1, steps + 1):
                 self.objective.theta = self.theta  # the factor and the curvature belong to it
-                move = self._solve_left_out(shrink * gradient, row)
-                thetas[step + 1, :, j] = thetas[step, :, j] - move
-        return thetas
+                move = self._solve_left_out(shrink * at[1], row)
+                resolved = abs(move @ at[1]) > 1e-14  # below, the loss no longer shows a step
+                for length in 0.5 ** np.arange(8):
+                    there = target(theta - length * move)
+                    spent[step:, j] += 1
+                    if there[0] < at[0] or not resolved:
+                        theta, at = theta - length * move, there
+                        break
+                thetas[step, :, j] = theta
+        self.objective.theta = self.theta
+        return thetas, spent
 
-    def retrain(self, rows, *, fraction=1.0, tol=1e-6, max_steps=500, checkpoint=None):
+    def retrain(self, rows, *, fraction=1.0, tol=1e-8, rounds=10, steps=100, checkpoint=None):
         """Return the Refits that descent reaches from theta without each point: warm start.
 
         With a `fraction` below 1 only that share of the point's weight is taken away (the average
-        is then over n - fraction): the limit towards 0 is what influence is the derivative of.
+        is then over n - fraction): the limit towards 0 is what influence is the derivative of. The
+        first round of `steps` steps uses the one factorisation, later ones their own, as in
+        `polish`; `gradient_norms` says what was reached.
         """
         target = partial(_target, self.objective, fraction=fraction)
-        return self._refits(rows, target, tol, max_steps, checkpoint, fraction)
+        return self._refits(rows, target, tol, rounds, steps, checkpoint, "part", fraction)
 
-    def proximal(self, rows, damping, *, tol=1e-6, max_steps=500, checkpoint=None):
+    def proximal(self, rows, damping, *, tol=1e-8, rounds=10, steps=100, checkpoint=None):
         """Return the Refits of the proximal Bregman objective without each point.
 
         Bae et al. 2022, equation 5, with eps = -1/n: outputs are held by the Bregman divergence of
@@ -141,16 +147,18 @@ class NetworkRemovals:
         slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
         near = _Anchor(self.theta, damping, slopes)
         target = partial(_target, self.objective, anchor=near)
-        return self._refits(rows, target, tol, max_steps, checkpoint, near.damping)
+        told = "proximal", near.damping
+        return self._refits(rows, target, tol, rounds, steps, checkpoint, *told)
 
-    def _refits(self, rows, target, tol, max_steps, checkpoint, *numbers):
+    def _refits(self, rows, target, tol, rounds, steps, checkpoint, *numbers):
         keep = checkpoint or (lambda numbers, compute: compute())
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        same = [self.theta, self.objective.decay, tol, max_steps, *numbers, *data]
+        same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
 
         def one(row):
-            found = _descend(target(without=row), self.theta, self.factor, tol, max_steps)
+            start = self.objective, target(without=row), self.theta, self.factor
+            found = _settle(*start, tol, range(rounds), steps)
             return np.concatenate([found.theta, [found.gradient_norm, found.evaluations]])
 
         bar = tqdm(rows, "retraining", unit="removal", leave=False)
@@ -219,6 +227,21 @@ def _value_and_gradient(objective, weight, slopes):
 
     zeros = tf.zeros(objective.p + 1, objective.dtype)
     return objective.accumulate(one_batch, zeros, extra=(weight, slopes))
+
+
+def _settle(objective, target, theta, factor, tol, rounds, steps):
+    """Return the Descent by rounds of `_descend`, each after the first with a factor of its own."""
+    spent = 0
+    for _ in rounds:
+        if factor is None:
+            objective.theta = theta
+            g = dense_gauss_newton(objective)
+            factor = Cholesky(damped(g, max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))))
+        found = _descend(target, theta, factor, tol, steps)
+        theta, spent, factor = found.theta, spent + found.evaluations, None
+        if found.converged:
+            break
+    return found._replace(evaluations=spent)
 
 
 def _descend(target, theta, factor, tol, max_steps):
