@@ -133,7 +133,8 @@ class NetworkRemovals:
         `polish`; `gradient_norms` says what was reached.
         """
         target = partial(_target, self.objective, fraction=fraction)
-        return self._refits(rows, target, tol, rounds, steps, checkpoint, "part", fraction)
+        numbers = "part", fraction
+        return self._refits(rows, target, self.factor, tol, rounds, steps, checkpoint, *numbers)
 
     def proximal(self, rows, damping, *, tol=1e-8, rounds=10, steps=100, checkpoint=None):
         """Return the Refits of the proximal Bregman objective without each point.
@@ -147,17 +148,18 @@ class NetworkRemovals:
         slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
         near = _Anchor(self.theta, damping, slopes)
         target = partial(_target, self.objective, anchor=near)
-        told = "proximal", near.damping
-        return self._refits(rows, target, tol, rounds, steps, checkpoint, *told)
+        factor = Cholesky(damped(dense_gauss_newton(self.objective), damping))
+        numbers = "proximal", damping
+        return self._refits(rows, target, factor, tol, rounds, steps, checkpoint, *numbers)
 
-    def _refits(self, rows, target, tol, rounds, steps, checkpoint, *numbers):
+    def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
         keep = checkpoint or (lambda numbers, compute: compute())
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
         same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
 
         def one(row):
-            start = self.objective, target(without=row), self.theta, self.factor
+            start = self.objective, target(without=row), self.theta, factor
             found = _settle(*start, tol, range(rounds), steps)
             return np.concatenate([found.theta, [found.gradient_norm, found.evaluations]])
 
