@@ -71,6 +71,11 @@ def vehicles(source, *, seed=0, n_train=1000, n_test=300):
     raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
 
 
+def dog_fish(*, seed=0, n_train=900, n_test=300):
+    """Return the manifest of Koh & Liang's dogs against fish, photographs in data root/dog_fish."""
+    return photos(data_root() / "dog_fish", seed=seed, n_train=n_train, n_test=n_test)
+
+
 def rendered(*, seed=0, n_train=1000, n_test=300):
     """Return the manifest of drawn pictures, with the columns that `rendering.draw` needs too."""
     manifest = rendering.plan(seed, n_train=n_train, n_test=n_test)
@@ -86,8 +91,8 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
     root = Path(root)
     if not root.is_dir():
         raise DataMissing(
-            f"{root} does not exist. Put one folder of pictures a class there (airplane/, car/), "
-            "or set THESIS_DATA to the folder that holds it; then run the notebook again."
+            f"{root} does not exist. Put one folder of pictures a class there (airplane/ and car/, "
+            "dog/ and fish/), or set THESIS_DATA to the folder that holds it; then run again."
         )
     if (root / "manifest.csv").exists():
         table = pd.read_csv(root / "manifest.csv")

@@ -1,4 +1,4 @@
-"""The Keras models of the thesis: linear heads on frozen features, and the backbone of `demo`."""
+"""The Keras models and losses of the paper: linear heads, the smooth hinge, a small network."""
 
 import keras
 
@@ -17,6 +17,21 @@ def linear_head(d, n_classes=2, *, use_bias=False):
         ],
         name="linear_head",
     )
+
+
+def smooth_hinge(t):
+    """Return the loss of labels -1, +1 and logits that tends to the hinge as t -> 0.
+
+    t log(1 + exp((1 - s)/t)) of the margin s, one value an example (Koh & Liang 2017, section 4.2);
+    t = 0 is the hinge itself, which has no second derivative.
+    """
+    ops = keras.ops
+
+    def loss(y, logits):
+        gap = 1 - ops.cast(ops.reshape(y, (-1,)), logits.dtype) * ops.reshape(logits, (-1,))
+        return ops.relu(gap) if t == 0 else t * ops.softplus(gap / t)
+
+    return loss
 
 
 def all_cnn(side=28, *, width=8, classes=10):

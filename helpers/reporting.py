@@ -167,6 +167,12 @@ def picture_grid(images, captions, *, columns=6, titles=None, size=1.5, title=No
     return figure
 
 
+def captions(table, rows, nats):
+    """Return captions for rows of a manifest: index and kind, below them the influence in nats."""
+    kinds = table["subtype"].str.replace("_", " ").iloc[rows]
+    return [f"{i} {k}\n{v:+.2g}" for i, k, v in zip(rows, kinds, nats, strict=True)]
+
+
 def all_verdicts(profile):
     """Return the verdicts of every notebook of a profile as one table, in notebook order."""
     tables = []

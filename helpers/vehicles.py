@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import retraining, runtime
+from helpers import datasets, retraining, runtime
 from helpers.models import linear_head
 from helpers.objective import Objective
 
 
 class Vehicles(NamedTuple):
-    """What notebooks 00 and 01 made: manifest rows, features (n, d) and (m, d), labels 0. or 1.
+    """Two classes of pictures: manifest rows, features (n, d) and (m, d), labels 0. or 1.
 
     An airplane is 1, a car 0; rows of `train` and `test` are in the order of the features.
     """
@@ -29,22 +29,43 @@ class Vehicles(NamedTuple):
         return f"n = {n:,} training pictures, m = {m:,} test pictures, d = {d:,} features"
 
 
+def manifest(profile):
+    """Return the manifest that notebook 00 wrote; an error names the notebook to run first."""
+    path = runtime.folder("data", "derived", profile) / "00_manifest.csv"
+    return pd.read_csv(runtime.need(path, made_by="00_data_curation"), keep_default_na=False)
+
+
 def load(profile):
     """Return the Vehicles of a profile; an error names the notebook to run first."""
-    derived = runtime.folder("data", "derived", profile)
-    manifest = runtime.need(derived / "00_manifest.csv", made_by="00_data_curation")
-    features = runtime.need(derived / "01_features.npy", made_by="01_feature_extraction")
-    manifest = pd.read_csv(manifest, keep_default_na=False)
-    phi = np.load(features).astype(float)
-    if len(phi) != len(manifest):
+    table = manifest(profile)
+    path = runtime.folder("data", "derived", profile) / "01_features.npy"
+    phi = np.load(runtime.need(path, made_by="01_feature_extraction")).astype(float)
+    if len(phi) != len(table):
         raise ValueError(
-            f"{features.name} holds {len(phi)} rows, the manifest {len(manifest)}: the pictures "
+            f"{path.name} holds {len(phi)} rows, the manifest {len(table)}: the pictures "
             "changed since they were measured. Run notebook 01_feature_extraction again."
         )
-    airplane = (manifest["label"] == "airplane").to_numpy().astype(float)
+    return split(table, phi, positive="airplane")
+
+
+def split(manifest, phi, *, positive):
+    """Return Vehicles of a manifest and its features (rows, d); label `positive` becomes 1."""
+    label = (manifest["label"] == positive).to_numpy().astype(float)
     train = (manifest["split"] == "train").to_numpy()
     tables = (manifest[part].reset_index(drop=True) for part in (train, ~train))
-    return Vehicles(*tables, phi[train], airplane[train], phi[~train], airplane[~train])
+    return Vehicles(*tables, phi[train], label[train], phi[~train], label[~train])
+
+
+def pictures(manifest, size=96):
+    """Return the train and test pictures of a manifest, uint8 (n, size, size, 3) and (m, ...).
+
+    Read (or drawn) at 96 pixels a side and averaged down to `size`.
+    """
+    images = datasets.pictures(manifest, 96)
+    if size != 96:
+        images = np.stack([datasets.resize(image, size) for image in images])
+    train = (manifest["split"] == "train").to_numpy()
+    return images[train], images[~train]
 
 
 def fitted_head(data, weight_decay):

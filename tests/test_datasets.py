@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from helpers import datasets, features, runtime
+from helpers import datasets, features, runtime, vehicles
 
 
 def jpeg(seed, size=40):
@@ -45,6 +45,31 @@ def test_photos_are_split_by_class(photos):
     assert datasets.pictures(manifest, 32).shape == (20, 32, 32, 3)
     again = datasets.photos(photos, n_train=6, n_test=4)
     assert manifest.equals(again)
+
+
+def test_pictures_and_features_follow_the_manifest_s_split(photos):
+    manifest = datasets.photos(photos, n_train=6, n_test=4)
+    shuffled = manifest.sample(frac=1, random_state=0)
+    phi = np.arange(20.0)[:, None]
+    data = vehicles.split(shuffled, phi, positive="car")
+    train, test = vehicles.pictures(shuffled, 32)
+    assert (train.shape, test.shape) == ((12, 32, 32, 3), (8, 32, 32, 3))
+    assert (data.y_train == (data.train["label"] == "car")).all()
+    assert data.x_train[:, 0].tolist() == np.flatnonzero(shuffled["split"] == "train").tolist()
+    whole = datasets.pictures(data.test, 96)
+    assert np.array_equal(test, [datasets.resize(picture, 32) for picture in whole])
+
+
+def test_dogs_and_fish_are_photographs_in_their_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    with pytest.raises(datasets.DataMissing, match="dog_fish"):
+        datasets.dog_fish()
+    for label in ("dog", "fish"):
+        (tmp_path / "dog_fish" / label).mkdir(parents=True)
+        for k in range(4):
+            (tmp_path / "dog_fish" / label / f"{label}{k}.jpg").write_bytes(jpeg(k))
+    manifest = datasets.dog_fish(n_train=3, n_test=1)
+    assert manifest["label"].value_counts().to_dict() == {"dog": 4, "fish": 4}
 
 
 def test_every_subtype_is_in_both_halves(photos):

@@ -4,6 +4,7 @@ import json
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import evaluation, reporting, runtime
@@ -75,6 +76,14 @@ def test_picture_grids_hold_colour_and_grey_pictures():
     )
     assert len(grid.axes) == 3
     assert grid.axes[0].get_xlabel() == "a"
+
+
+def test_captions_name_index_kind_and_influence():
+    table = pd.DataFrame({"subtype": ["jeep", "sports_car"]})
+    assert reporting.captions(table, [1, 0], [0.01234, -2e-5]) == [
+        "1 sports car\n+0.012",
+        "0 jeep\n-2e-05",
+    ]
 
 
 def test_agreement_has_slope_and_refuses_constants():
