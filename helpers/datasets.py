@@ -1,4 +1,4 @@
-"""The data sets as manifests and arrays. Nothing is downloaded; what is missing is named.
+"""The data sets as manifests, arrays and cohorts. Nothing is downloaded; what is missing is named.
 
 A manifest is a pandas table with one row a picture: id, path, label, subtype, split, flag, twin.
 `flag` names a planted cause ("near_duplicate", "swapped_background", "ambiguous") and `twin` the id
@@ -8,7 +8,9 @@ of a near-duplicate's partner; real photographs have neither. `path` is a file, 
 
 import gzip
 import hashlib
+import io
 import tarfile
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,10 @@ import cv2
 import joblib
 import numpy as np
 import pandas as pd
+from scipy.special import expit
+from sklearn.compose import make_column_transformer
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import OneHotEncoder
 from tqdm.auto import tqdm
 
 from helpers import rendering
@@ -330,3 +335,131 @@ def two_classes(arrays, positive, negative):
         arrays.x_test[test],
         (arrays.y_test[test] == positive).astype(np.int64),
     )
+
+
+# -------------------------------------------------------------------- hospital stays
+
+DIABETES_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
+DIABETES_SHAPE = (101_766, 50)
+COUNTS = [
+    "time_in_hospital",
+    "num_lab_procedures",
+    "num_procedures",
+    "num_medications",
+    "number_outpatient",
+    "number_emergency",
+    "number_inpatient",
+    "number_diagnoses",
+]
+UNUSED = [
+    "encounter_id",
+    "patient_nbr",
+    "weight",
+    "admission_type_id",
+    "admission_source_id",
+    "payer_code",
+    "medical_specialty",
+    "diag_1",
+    "diag_2",
+    "diag_3",
+    "readmitted",
+]
+CHILD = "[0-10)"
+
+
+class Cohort(NamedTuple):
+    """Hospital stays, and what a model is to know of them.
+
+    table : one row a stay, with `age` (a decade such as "[0-10)") and `readmitted` (bool: again in
+        hospital within 30 days). x : (n, d) float64, not scaled. names : the d features.
+    """
+
+    table: pd.DataFrame
+    x: np.ndarray
+    names: list
+
+    @property
+    def child(self):
+        """Which stays are of children under ten, (n,) bool."""
+        return (self.table["age"] == CHILD).to_numpy()
+
+
+def diabetes():
+    """Return the UCI cohort of diabetic patients as a Cohort: 101,766 stays, 127 features.
+
+    Read from data root/diabetes: dataset_diabetes.zip as distributed, or diabetic_data.csv.
+    """
+    root = data_root() / "diabetes"
+    names = ("dataset_diabetes.zip", "diabetic_data.csv")
+    path = next((root / name for name in names if (root / name).exists()), None)
+    if path is None:
+        raise DataMissing(
+            f"{root / names[0]} is missing (or {names[1]} from it). Get 'Diabetes 130-US hospitals "
+            "for years 1999-2008' from archive.ics.uci.edu/dataset/296, put the zip there as it "
+            "is, and run again."
+        )
+    data = _member(path, names[1]) if path.suffix == ".zip" else path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
+        raise ValueError(f"{path} is damaged: {names[1]} should have sha256 {DIABETES_SHA256}.")
+    table = pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
+    if table.shape != DIABETES_SHAPE:
+        raise ValueError(f"{path} has {table.shape} rows and columns, not {DIABETES_SHAPE}.")
+    x, names = stay_features(table)
+    if len(names) != 127:
+        raise ValueError(f"{len(names)} features were made of {path}, not 127.")
+    return Cohort(table.assign(readmitted=table["readmitted"] == "<30"), x, names)
+
+
+def _member(path, name):
+    """Return the bytes of the file called `name` in a zip, in whichever folder it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(next(m for m in archive.namelist() if Path(m).name == name))
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise ValueError(f"{path} is no zip that holds {name}: download it again.") from error
+
+
+def stay_features(table):
+    """Return (x, names): eight counts as they are, every other used column one-hot.
+
+    A column of two levels gets one feature, of k > 2 levels k; one that never varies gets one, a
+    constant, and the model has no intercept but these. Koh & Liang 2017, section 5.1.
+    """
+    levels = [c for c in table if c not in COUNTS and c not in UNUSED]
+    pipeline = make_column_transformer(
+        ("passthrough", COUNTS),
+        (OneHotEncoder(drop="if_binary", sparse_output=False), levels),
+        verbose_feature_names_out=False,
+    )
+    x = pipeline.fit_transform(table).astype(np.float64)
+    return x, list(pipeline.get_feature_names_out())
+
+
+def planted_cohort(*, seed=0, n=90_000, child_effect=-2.5):
+    """Return a generated Cohort with the UCI data's children in it: 161, of whom 3 come back.
+
+    49 features: eight counts (effect 0.2 a standard deviation), thirty flags with prevalence 0.02
+    to 0.5 (effects normal, standard deviation 0.4), a constant (the UCI features have two, and no
+    intercept either) and ten decades of age, of which only the first has an effect:
+    `child_effect` on the log-odds, so children seldom come back. Other stays are readmitted
+    independently with logistic risk; the 3 children are drawn in proportion to their odds.
+    """
+    rng = np.random.default_rng([seed, 13])
+    means, prevalence = np.arange(1, 9), np.linspace(0.02, 0.5, 30)
+    counts, flags = rng.poisson(means, (n, 8)), rng.random((n, 30)) < prevalence
+    share = np.array([1, 2, 4, 10, 17, 22, 26, 17, 3])  # of the decades after the first
+    decade = np.repeat([0, -1], [161, n - 161])
+    decade[161:] = 1 + rng.choice(9, n - 161, p=share / share.sum())
+    decade = rng.permutation(decade)
+    logit = -2.2 + 0.2 * ((counts - means) / np.sqrt(means)).sum(1)
+    logit += (flags - prevalence) @ rng.normal(0, 0.4, 30) + child_effect * (decade == 0)
+    child = np.flatnonzero(decade == 0)
+    readmitted = rng.random(n) < expit(logit)
+    readmitted[child] = False
+    odds = np.exp(logit[child])
+    readmitted[rng.choice(child, 3, replace=False, p=odds / odds.sum())] = True
+    ages = [f"[{10 * k}-{10 * k + 10})" for k in range(10)]
+    table = pd.DataFrame({"age": np.array(ages)[decade], "readmitted": readmitted})
+    names = [f"count_{k}" for k in range(1, 9)] + [f"flag_{k}" for k in range(1, 31)]
+    x = np.hstack([counts, flags, np.ones((n, 1)), np.eye(10)[decade]])
+    return Cohort(table, x, [*names, "constant", *(f"age_{a}" for a in ages)])

@@ -3,9 +3,11 @@
 import gzip
 import io
 import tarfile
+import zipfile
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import datasets, features, runtime, vehicles
@@ -191,3 +193,65 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="not writable"):
         runtime.folder("data", "derived")
+
+
+def test_the_diabetes_file_missing_damaged_and_no_zip(tmp_path, monkeypatch):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    with pytest.raises(datasets.DataMissing, match=r"dataset_diabetes\.zip.*archive\.ics\.uci"):
+        datasets.diabetes()
+    (tmp_path / "diabetes").mkdir()
+    path = tmp_path / "diabetes" / "dataset_diabetes.zip"
+    path.write_bytes(b"no zip at all")
+    with pytest.raises(ValueError, match="no zip"):
+        datasets.diabetes()
+    data = b"age,readmitted\n[0-10),NO\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("__MACOSX/dataset_diabetes/._diabetic_data.csv", b"")
+        archive.writestr("dataset_diabetes/diabetic_data.csv", data)
+    with pytest.raises(ValueError, match="sha256"):
+        datasets.diabetes()
+    monkeypatch.setattr(datasets, "DIABETES_SHA256", datasets.hashlib.sha256(data).hexdigest())
+    with pytest.raises(ValueError, match="rows and columns"):
+        datasets.diabetes()
+    path.unlink()
+    (tmp_path / "diabetes" / "diabetic_data.csv").write_bytes(data)
+    with pytest.raises(ValueError, match="rows and columns"):
+        datasets.diabetes()
+
+
+def test_features_of_stays_are_counts_and_levels():
+    table = pd.DataFrame({name: [3, 1, 2] for name in datasets.COUNTS + datasets.UNUSED})
+    table["age"] = ["[0-10)", "[10-20)", "[20-30)"]
+    table["change"], table["examide"] = ["No", "Ch", "No"], "No"
+    x, names = datasets.stay_features(table)
+    ages = ["age_[0-10)", "age_[10-20)", "age_[20-30)"]
+    assert names == [*datasets.COUNTS, *ages, "change_No", "examide_No"]
+    assert x[:, :8].tolist() == [[3.0] * 8, [1.0] * 8, [2.0] * 8]
+    assert x[:, 8:].tolist() == [[1, 0, 0, 1, 1], [0, 1, 0, 0, 1], [0, 0, 1, 1, 1]]
+
+
+def test_the_diabetes_data_themselves():
+    path = runtime.data_root() / "diabetes" / "dataset_diabetes.zip"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not in the data root")
+    stays = datasets.diabetes()
+    assert stays.x.shape == (101_766, 127)
+    assert stays.table["readmitted"].sum() == 11_357
+    assert stays.table["readmitted"][stays.child].tolist().count(True) == 3
+    assert stays.child.sum() == stays.x[:, stays.names.index("age_[0-10)")].sum() == 161
+
+
+def test_the_planted_cohort_is_what_it_says():
+    stays = datasets.planted_cohort(seed=3)
+    assert stays.x.shape == (90_000, 49) == (len(stays.table), len(stays.names))
+    assert (stays.child.sum(), stays.table["readmitted"][stays.child].sum()) == (161, 3)
+    assert (stays.x[:, stays.names.index("age_[0-10)")] == stays.child).all()
+    assert (stays.x[:, -10:].sum(1) == 1).all()
+    assert 0.1 < stays.table["readmitted"].mean() < 0.2
+    again, other = datasets.planted_cohort(seed=3), datasets.planted_cohort(seed=4)
+    assert stays.table.equals(again.table)
+    assert np.array_equal(stays.x, again.x)
+    assert not np.array_equal(stays.x, other.x)
+    risky = datasets.planted_cohort(seed=3, child_effect=0.0)
+    assert np.array_equal(risky.x, stays.x)
+    assert risky.table["readmitted"][~risky.child].equals(stays.table["readmitted"][~stays.child])
