@@ -31,6 +31,7 @@ def test_the_notebooks_are_found():
         "04_influence",
         "05_loo_validation",
         "07_smooth_hinge",
+        "10_mislabel_study",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
