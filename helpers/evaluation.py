@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 class Agreement(NamedTuple):
@@ -54,6 +55,51 @@ def choose_test_points(losses, correct, *, seed=0, k=5):
 def top(values, k):
     """Return the indices of the k largest |values|, largest first."""
     return np.argsort(-np.abs(values), kind="stable")[:k]
+
+
+class Mean(NamedTuple):
+    """A mean over repetitions and the half-width of its 95 % interval (Student's t)."""
+
+    mean: float
+    half: float
+
+    @property
+    def interval(self):
+        return [self.mean - self.half, self.mean + self.half]
+
+    def __str__(self):
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
+
+def mean_of(values):
+    """Return the Mean of the repetitions (k,) of a measurement; one alone has no interval."""
+    values = np.asarray(values, float)
+    k = len(values)
+    half = stats.t.ppf(0.975, k - 1) * values.std(ddof=1) / np.sqrt(k) if k > 1 else np.nan
+    return Mean(float(values.mean()), float(half))
+
+
+class Detection(NamedTuple):
+    """How well a ranking finds what it looks for: true AUC, average precision, share found.
+
+    found : the share found in the first part of the ranking, one value a share inspected.
+    """
+
+    auc: float
+    average_precision: float
+    found: np.ndarray
+
+
+def detection(scores, wanted, shares):
+    """Return the Detection of the `wanted` (n,) bool by scores (n,), the most suspicious highest.
+
+    Ties keep the order they came in for `found`, and count half for the AUC.
+    """
+    order, k = np.argsort(-scores, kind="stable"), np.round(np.multiply(shares, len(scores)))
+    found = np.concatenate([[0], np.cumsum(wanted[order])])[k.astype(int)] / wanted.sum()
+    return Detection(
+        float(roc_auc_score(wanted, scores)), float(average_precision_score(wanted, scores)), found
+    )
 
 
 def time_ratio(ours, reference, *, repeats=5):

@@ -69,6 +69,14 @@ class Head:
             return None
         return cls(objective, dense) if last else None
 
+    def relabel(self, y):
+        """Give the examples other labels (n,), shaped and typed like their own.
+
+        For the closed forms and refits of `retraining`; the objective's own data stay as they are.
+        """
+        self.y = np.asarray(y, self.y.dtype).reshape(self.y.shape)
+        self.tensors = self.tensors[0], tf.constant(self.y), self.tensors[2]
+
     @property
     def d(self):
         return self.phi.shape[1]

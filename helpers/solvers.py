@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 import tensorflow as tf
 
 
@@ -125,6 +126,14 @@ class Cholesky:
         return scipy.linalg.solve_triangular(
             self._factor, b, lower=True, trans="T", check_finite=False
         )
+
+    def product(self, b):
+        """Return L b."""
+        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True)
+
+    def transposed_product(self, b):
+        """Return L' b, the inverse of `unwhiten`."""
+        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True, trans_a=True)
 
 
 def damped(matrix, damping):

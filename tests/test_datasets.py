@@ -1,6 +1,7 @@
 """Loaders on good and on bad input: every refusal names the file and what to do."""
 
 import gzip
+import hashlib
 import io
 import tarfile
 import zipfile
@@ -170,6 +171,33 @@ def test_idx_files_missing_and_damaged(tmp_path, monkeypatch):
     damaged.write_bytes(gzip.compress(b"\0\0\x08\x03" + bytes(12)))
     with pytest.raises(ValueError, match="md5"):
         datasets.mnist("idx")
+
+
+def test_enron_missing_damaged_packed_and_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    with pytest.raises(datasets.DataMissing, match=r"enron1\.tar\.gz"):
+        datasets.enron()
+    words = {"ham": "meeting about gas", "spam": "cheap pills now"}
+    for label, text in words.items():
+        folder = tmp_path / "spam" / "enron1" / label
+        folder.mkdir(parents=True)
+        for k in range(20):
+            (folder / f"{k:02d}.{label}.txt").write_bytes(f"{text} caf\xe9 7".encode("latin-1"))
+    (tmp_path / "spam" / "enron1" / "Summary.txt").write_text("no e-mail")
+    with pytest.raises(ValueError, match="not Enron1"):
+        datasets.enron()
+    mails = datasets._enron1(tmp_path / "spam")
+    content = b"".join(name.encode() + data for name, data in mails)
+    monkeypatch.setattr(datasets, "ENRON_SHA256", hashlib.sha256(content).hexdigest())
+    unpacked = datasets.enron(seed=3)
+    assert unpacked.x_train.shape[0] == 32
+    assert len(unpacked.y_test) == 8
+    assert unpacked.x_train.shape[1] == 5  # meeting, gas, cheap, pills, café; no stop words, no 7
+    assert unpacked.y_train.sum() + unpacked.y_test.sum() == 20
+    with tarfile.open(tmp_path / "spam" / "enron1.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "spam" / "enron1", "enron1")
+    for mine, theirs in zip(datasets.enron(seed=3), unpacked, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_unknown_sources_are_refused():

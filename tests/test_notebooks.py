@@ -33,6 +33,7 @@ def test_the_notebooks_are_found():
         "07_smooth_hinge",
         "08_model_comparison",
         "09_influential_subset",
+        "10_mislabel_study",
         "13_domain_mismatch",
         "15_your_own_model",
     } <= set(NOTEBOOKS)

@@ -182,3 +182,65 @@ def test_a_group_newton_step_is_exact_for_squared_loss(dense_up_to, monkeypatch)
     step = removals.group_newton_step(group)
     exact = removals.exact_groups([group])[:, 0]
     np.testing.assert_allclose(objective.theta + step, exact, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_many_fits_equal_one_by_one(name, request):
+    problem = request.getfixturevalue(name)
+    rng, k = np.random.default_rng(5), 5
+    labels = np.repeat(np.asarray(problem.y)[:, None], k, 1)
+    labels[rng.choice(len(labels), 20), rng.integers(0, k, 20)] = 0
+    fits = retraining.fit_many(problem.objective, labels, batch=3, tol=1e-10)
+    assert fits.gradient_norm.max() <= 1e-10
+    for j in range(k):
+        model = keras.models.clone_model(problem.model)
+        options = {"weight_decay": problem.weight_decay, "decayed": "all"}
+        other = Objective(model, problem.loss, problem.x, labels[:, j], **options)
+        retraining.fit_head(other)
+        np.testing.assert_allclose(fits.theta[:, j], other.theta, atol=1e-8)
+
+
+def test_many_fits_with_weights_leave_points_out(binary):
+    """Weight 0 is the exact removal; sparse features and another start change nothing."""
+    weight = np.ones((len(binary.x), 2))
+    weight[[4, 9], [0, 1]] = 0
+    labels = np.repeat(np.asarray(binary.y)[:, None], 2, 1)
+    exact = retraining.Removals(binary.objective).exact([4, 9])
+    for start in (None, exact + 0.1):
+        fits = retraining.fit_many(binary.objective, labels, weight=weight, start=start, tol=1e-10)
+        np.testing.assert_allclose(fits.theta, exact, atol=1e-8)
+    sparse = np.where(np.random.default_rng(1).random(binary.x.shape) < 0.05, binary.x, 0)
+    options = {"weight_decay": 0.01, "decayed": "all"}
+    model = keras.models.clone_model(binary.model)
+    objective = Objective(model, binary.loss, sparse, binary.y, **options)
+    retraining.fit_head(objective)
+    fits = retraining.fit_many(objective, labels, tol=1e-10)
+    np.testing.assert_allclose(fits.theta[:, 1], objective.theta, atol=1e-8)
+
+
+def test_many_fits_refuse_what_they_cannot_do(binary):
+    with pytest.raises(ValueError, match="rows"):
+        retraining.fit_many(binary.objective, np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_left_out_losses_are_those_of_the_newton_steps(name, request):
+    problem = request.getfixturevalue(name)
+    removals, head = retraining.Removals(problem.objective), problem.objective.head
+    rows = np.arange(head.n)
+    thetas = removals.theta[:, None] + removals.newton_steps(rows)
+    each = [
+        head.losses(head.y[i : i + 1], head.outputs(head.phi[i : i + 1], thetas[:, i]))
+        for i in rows
+    ]
+    np.testing.assert_allclose(removals.left_out_losses(), np.concatenate(each), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_self_influence_from_the_factor_of_the_removals(name, request):
+    from helpers.influence import self_influence
+
+    problem = request.getfixturevalue(name)
+    expected = self_influence(problem.objective, problem.x, problem.y)
+    found = retraining.Removals(problem.objective).self_influence()
+    np.testing.assert_allclose(found, expected, rtol=1.5 / len(problem.x))

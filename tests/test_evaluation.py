@@ -1,0 +1,35 @@
+"""Detection curves and intervals against rankings that can be counted by hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from helpers import evaluation
+
+
+def test_detection_of_a_perfect_a_reversed_and_a_constant_ranking():
+    wanted = np.zeros(20, bool)
+    wanted[:4] = True
+    shares = [0, 0.1, 0.2, 1]
+    perfect = evaluation.detection(-np.arange(20.0), wanted, shares)
+    assert perfect.auc == perfect.average_precision == 1
+    np.testing.assert_allclose(perfect.found, [0, 0.5, 1, 1])
+    backward = evaluation.detection(np.arange(20.0), wanted, shares)
+    assert backward.auc == 0
+    np.testing.assert_allclose(backward.found, [0, 0, 0, 1])
+    assert evaluation.detection(np.zeros(20), wanted, shares).auc == 0.5
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    scores, wanted = rng.normal(size=30), rng.random(30) < 0.3
+    pairs = scores[wanted][:, None] > scores[~wanted]
+    assert evaluation.detection(scores, wanted, [0.5]).auc == pytest.approx(pairs.mean())
+
+
+def test_mean_of_is_students_interval():
+    values = np.array([1.0, 2.0, 4.0])
+    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert evaluation.mean_of(values).interval == pytest.approx([low, high])
+    assert np.isnan(evaluation.mean_of([1.0]).half)
+    assert str(evaluation.mean_of([0.5, 0.5])) == "0.500 ± 0.000"
