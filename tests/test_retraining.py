@@ -244,3 +244,13 @@ def test_self_influence_from_the_factor_of_the_removals(name, request):
     expected = self_influence(problem.objective, problem.x, problem.y)
     found = retraining.Removals(problem.objective).self_influence()
     np.testing.assert_allclose(found, expected, rtol=1.5 / len(problem.x))
+
+
+def test_a_relabelled_head_is_the_head_of_those_labels(binary):
+    labels = np.where(np.arange(len(binary.y)) % 7 == 0, 1 - binary.y, binary.y)
+    model, options = binary.model, {"weight_decay": binary.weight_decay, "decayed": "all"}
+    relabelled = Objective(model, binary.loss, binary.x, binary.y, **options)
+    relabelled.head.relabel(labels)
+    fresh = Objective(model, binary.loss, binary.x, labels, **options)
+    ours, theirs = (retraining.Removals(o).self_influence() for o in (relabelled, fresh))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)

@@ -174,3 +174,14 @@ def test_products_that_are_not_numbers_are_named():
 def test_no_right_hand_side_is_refused():
     with pytest.raises(ValueError, match="no right-hand side"):
         solvers.solve_cholesky(np.eye(2), np.ones((2, 0)))
+
+
+def test_a_factor_multiplies_and_divides():
+    """L and L' and their inverses, against the matrix itself."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(6, 6)), rng.normal(size=(6, 3))
+    a = a @ a.T + np.eye(6)
+    factor = solvers.Cholesky(a)
+    np.testing.assert_allclose(factor.product(factor.transposed_product(b)), a @ b, atol=1e-12)
+    np.testing.assert_allclose(factor.product(factor.whiten(b)), b, atol=1e-12)
+    np.testing.assert_allclose(factor.transposed_product(factor.unwhiten(b)), b, atol=1e-12)
