@@ -392,8 +392,8 @@ class Removals:
         For the given rows (k,), by default all n training points. Evaluated, not linearised. For
         one output every shift of every test output comes from one GEMM: no solve a point.
         """
-        head = self.head
-        rows = np.arange(head.n) if rows is None else np.asarray(rows)
+        head, every = self.head, rows is None
+        rows = np.arange(head.n) if every else np.asarray(rows)
         phi = head.features(x_test, y_test)
         base = head.outputs(phi, self.theta)
         if head.c == 1:
@@ -402,12 +402,12 @@ class Removals:
             residual = self.residual[rows, 0]
             own = residual * self._q[rows] + self._shift_i[rows]
             bend = self.curvature[rows, 0, 0] / head.n * own / (1 - self.leverage[rows])
-            towards = self._white if len(rows) == head.n else self._white[:, rows]
+            towards = self._white if every else self._white[:, rows]  # no copy of them all
             shift = (gemm(white.T, towards) * (residual + bend) + shift_t[:, None]) / head.n
             moved = base[:, :, None] + shift[:, None, :]
             return head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         changes = np.empty((len(phi), len(rows)))
-        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 64)):
+        for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 64))):
             moved = head.outputs(phi, self.theta[:, None] + self.newton_steps(rows[part]))
             changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
