@@ -300,6 +300,8 @@ def gradient_dots(objective, vectors):
         chunks = range(0, vectors.shape[1], width)
         return np.concatenate([_head_dots(head, r, vectors[:, j : j + width]) for j in chunks])
     columns = tf.constant(vectors, objective.dtype)
+    if objective.strategy is not None:
+        return _dots_of_shares(objective, columns).numpy().T.astype(np.float64)
     parts = []
     k, vectorisable = vectors.shape[1], is_vectorisable(objective)
     many = vectorisable and k > (4 if has_convolution(objective) else 64)
@@ -318,6 +320,26 @@ def _head_dots(head, residuals, vectors):
     if head.c == 1:
         return moved[:, 0].T * residuals[:, 0]
     return np.einsum("nc,nck->kn", residuals, moved)
+
+
+@compiled
+def _dots_of_shares(objective, columns):
+    """Return the dots of every replica's share, gathered in the order of the examples, (n, k)."""
+    k = columns.shape[1]
+    step = objective.rows_for(k if is_vectorisable(objective) else 1)
+
+    def of_a_share(*share):
+        n = share[1].shape[0]
+        parts = tf.TensorArray(objective.dtype, -(-n // step), element_shape=(None, k))
+        for i in tf.range(-(-n // step)):
+            rows = slice(i * step, (i + 1) * step)
+            batch = keras.tree.map_structure(lambda a, r=rows: a[r], share)
+            dots = _double_vjp_dots.graph(objective, *batch, columns)
+            parts = parts.write(i, tf.transpose(dots))
+        return parts.concat()
+
+    parts = objective.strategy.run(of_a_share, args=objective.shares)
+    return objective.strategy.gather(parts, axis=0)
 
 
 @compiled

@@ -8,7 +8,7 @@ zero on the others (`wd * theta` below always means `decay * theta`), w_i are sa
 
 import copy
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import keras
 import numpy as np
@@ -45,6 +45,11 @@ class Objective:
     batch_size : int, optional
         Examples a pass holds at once; by default what fits `memory_budget` bytes. Results do
         not depend on it: batches are summed and divided by n.
+    strategy : tf.distribute.Strategy, optional
+        The one the model was built under. Every replica keeps its share of the examples, and a sum
+        over the data is one all-reduce; solvers need not know. Each process is given the same x and
+        y, memory-mapped where they are large: it reads its share. A last Dense layer keeps its
+        closed forms, in each process.
     """
 
     def __init__(
@@ -60,8 +65,9 @@ class Objective:
         sample_weight=None,
         batch_size=None,
         memory_budget=2**30,
+        strategy=None,
     ):
-        self.model = model
+        self.model, self.strategy = model, strategy
         self.compiled = {}  # one tf.function a kind of product, freed with the objective
         self.memory_budget = memory_budget
         if not isinstance(x, tf.data.Dataset):
@@ -81,6 +87,10 @@ class Objective:
 
     def _bind_data(self, x, y, sample_weight, batch_size):
         if isinstance(x, tf.data.Dataset):
+            if self.strategy is not None:
+                raise ValueError(
+                    "Under a strategy pass arrays (memory-mapped ones too), no Dataset."
+                )
             if y is not None or sample_weight is not None:
                 raise ValueError(
                     "With a tf.data.Dataset pass y and weights inside it, as "
@@ -103,8 +113,25 @@ class Objective:
                 self._data = None
             else:
                 self._dataset, self._data = None, self._complete(x, y, weight)
+            if self.strategy is not None:
+                self.shares = self._shared_out(x, y, weight)
         if self.n == 0:
             raise ValueError("The training data hold no example.")
+
+    def _shared_out(self, x, y, weight):
+        """Return (x, y, weight) as distributed values: consecutive rows, a share a replica."""
+        k, devices = self.strategy.num_replicas_in_sync, self.strategy.extended.worker_devices
+        if self.n < k:
+            raise ValueError(f"{self.n} examples cannot be shared out among {k} replicas.")
+
+        def share(context):
+            j = context.replica_id_in_sync_group
+            rows = slice(self.n * j // k, self.n * (j + 1) // k)
+            with tf.device(devices[j % len(devices)]):
+                part = keras.tree.map_structure(lambda a: np.asarray(a[rows]), (x, y, weight))
+                return self._complete(*part)
+
+        return self.strategy.experimental_distribute_values_from_function(share)
 
     def _complete(self, x, y, weight=None):
         weight = tf.ones(tf.shape(y)[0]) if weight is None else weight
@@ -140,17 +167,25 @@ class Objective:
         gets smaller batches, so that they fit the memory budget together. `extra` tensors have one
         row an example; they need the training data in memory.
         """
-        total = zeros
-        data = (*self._in_memory(), *extra) if extra else self._data
-        if self._dataset is not None:
+        if self.strategy is not None:
+            if extra:
+                raise ValueError("Under a strategy no other tensors go along with the examples.")
+            run = partial(self._sum, function, zeros, copies)
+            return self.strategy.reduce("SUM", self.strategy.run(run, args=self.shares), axis=None)
+        if self._dataset is not None and not extra:
+            total = zeros
             for x, y, weight in self._dataset:
                 total += function(x, y, weight)
             return total
-        step = self.rows_for(copies)
-        if self.n <= step:
+        return self._sum(function, zeros, copies, *self._in_memory(), *extra)
+
+    def _sum(self, function, zeros, copies, *data):
+        """Return zeros + the sum of function(*batch) over batches of tensors in memory."""
+        total, n, step = zeros, data[1].shape[0], self.rows_for(copies)
+        if n <= step:
             total += function(*data)
         else:
-            for start in tf.range(0, self.n, step):
+            for start in tf.range(0, n, step):
                 rows = slice(start, start + step)
                 total += function(*keras.tree.map_structure(lambda a, r=rows: a[r], data))
         return total

@@ -1,0 +1,57 @@
+"""Write what an objective gives under a strategy: `python over_replicas.py FILE REPLICAS`.
+
+REPLICAS virtual CPU devices of one process, 0 for no strategy at all; with TF_CONFIG set, one
+device in each process of the cluster that it describes.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+file, k = sys.argv[1], int(sys.argv[2])
+strategy = None
+if "TF_CONFIG" in os.environ:
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+elif k:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    devices = [tf.config.LogicalDeviceConfiguration()] * k
+    tf.config.set_logical_device_configuration(cpu, devices)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(k)])
+
+from helpers import curvature, influence  # noqa: E402  after the devices are set
+from helpers.objective import Objective  # noqa: E402
+
+keras.config.set_dtype_policy("float64")
+rng = np.random.default_rng(0)
+x, y, weight = rng.normal(size=(53, 6, 6, 1)), rng.integers(0, 3, 53), rng.uniform(0.5, 2, 53)
+x_test, y_test = rng.normal(size=(3, 6, 6, 1)), rng.integers(0, 3, 3)
+with strategy.scope() if strategy else contextlib.nullcontext():
+    layers = [keras.layers.Conv2D(4, 3, activation="tanh"), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 6, 1)), *layers, keras.layers.Dense(3)])
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+objective = Objective(
+    model, loss, x, y, weight_decay=0.1, sample_weight=weight, batch_size=5, strategy=strategy
+)
+objective.theta = 0.3 * rng.normal(size=objective.p)
+options = {"damping": 1.0, "solver": "cg", "precondition": None, "rtol": 1e-12}
+solution = influence.s_test(objective, x_test, y_test, **options)
+vectors = rng.normal(size=(objective.p, 3))
+results = {
+    "gradient": curvature.loss_gradient(objective),
+    "hvp": curvature.hvp(objective, vectors),
+    "gauss_newton": curvature.gauss_newton_product(objective, vectors),
+    "dots": curvature.gradient_dots(objective, vectors),
+    "s_test": solution.x,
+    "predicted": influence.predicted_loss_change(objective, solution),
+}
+assert solution.converged.all()
+np.savez(file, **results)
