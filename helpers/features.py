@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import types
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from helpers import datasets
@@ -101,9 +103,15 @@ def extract(manifest, backbone, *, batch_size=64, cache=None):
     The cache (data/derived/features) is keyed by the weights, the preprocessing, the size and the
     bytes of every picture, so another model or a changed picture never meets an old file. An
     interrupted run goes on where it stopped; a damaged file is noticed by its checksum and redone.
+    Of two runs at once one waits for the other. OSError where the disk is too full for the result.
     """
     cache = Path(cache) if cache else folder("data", "derived", "features")
     key = _key(manifest, backbone)
+    with FileLock(cache / f"{key}.lock"):
+        return _extract(manifest, backbone, batch_size, cache, key)
+
+
+def _extract(manifest, backbone, batch_size, cache, key):
     done, partial = cache / f"{key}.npy", cache / f"{key}.partial.npy"
     record = cache / f"{key}.json"
     if done.exists() and record.exists():
@@ -122,7 +130,14 @@ def _fill(manifest, backbone, batch_size, partial):
     """Write features batch by batch; `.progress` counts the rows that are safely on disk."""
     n, d = len(manifest), int(backbone.model.output_shape[-1])
     progress = partial.with_suffix(".progress")
-    start = int(progress.read_text()) if partial.exists() and progress.exists() else 0
+    done = progress.read_text() if partial.exists() and progress.exists() else ""
+    start = int(done) if done.isdigit() else 0
+    needed, free = 0 if start else 4 * n * d, shutil.disk_usage(partial.parent).free
+    if free < needed + 2**16:
+        raise OSError(
+            f"{partial.parent} has {free / 1e6:.1f} MB free, the features need "
+            f"{needed / 1e6:.1f}: make room there and run again."
+        )
     mode = "r+" if start else "w+"
     array = np.lib.format.open_memmap(partial, mode, dtype=np.float32, shape=(n, d))
     drawn = manifest["path"].str.startswith("rendered:").all()

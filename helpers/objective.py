@@ -88,9 +88,7 @@ class Objective:
     def _bind_data(self, x, y, sample_weight, batch_size):
         if isinstance(x, tf.data.Dataset):
             if self.strategy is not None:
-                raise ValueError(
-                    "Under a strategy pass arrays (memory-mapped ones too), no Dataset."
-                )
+                raise ValueError("Under a strategy pass arrays, memory-mapped or not: no Dataset.")
             if y is not None or sample_weight is not None:
                 raise ValueError(
                     "With a tf.data.Dataset pass y and weights inside it, as "
@@ -108,6 +106,7 @@ class Objective:
             affordable = self.affordable_batch(self.bytes_an_example)
             self.batch_size = min(self.n, batch_size or affordable)
             weight = np.ones(self.n) if sample_weight is None else sample_weight
+            _check_numbers(x, y, weight)
             if any(isinstance(a, np.memmap) for a in keras.tree.flatten(x)):
                 self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
                 self._data = None
@@ -352,6 +351,7 @@ class Objective:
                 "The model has several outputs. Bind one: "
                 "keras.Model(model.inputs, model.outputs[0])."
             )
+        self._check_labels(int(predictions.shape[-1] or 1))
         values = self.loss_in(self.dtype)(y, predictions)
         b = int(predictions.shape[0])
         if values.shape.rank == 0 or int(values.shape[0]) != b:
@@ -363,6 +363,22 @@ class Objective:
             raise ValueError(
                 f"y has shape (n,) and the predictions (n, {predictions.shape[1]}): "
                 "the loss broadcast one against the other. Give y the shape (n, 1)."
+            )
+
+    def _check_labels(self, classes):
+        """Refuse labels for which a cross-entropy is defined as a formula and not as a loss."""
+        if self._data is None or self.n == 0:
+            return
+        loss, y = self.loss_in(self.dtype), self._data[1].numpy()
+        whole = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+        if whole and loss.ignore_class is not None:
+            return
+        high = classes - 1 if whole else 1
+        known = whole or isinstance(loss, keras.losses.BinaryCrossentropy)
+        if known and not (y.min() >= 0 and y.max() <= high):
+            raise ValueError(
+                f"Labels go from {y.min():g} to {y.max():g}, but {loss.name} needs "
+                f"{'class numbers' if whole else 'probabilities'} from 0 to {high}."
             )
 
 
@@ -405,6 +421,24 @@ def _stream(x, y, weight, batch_size):
         return keras.tree.pack_sequence_as(x, parts[:-2]), parts[-2], parts[-1]
 
     return tf.data.Dataset.range(0, len(y), batch_size).map(read)
+
+
+def _check_numbers(x, y, weight):
+    """Refuse labels that are text, and examples in memory that hold NaN or infinity."""
+    if np.asarray(y[:1]).dtype.kind in "OSU":
+        raise ValueError(
+            "The labels are text: number them, as np.unique(y, return_inverse=True)[1]."
+        )
+    for values in (*keras.tree.flatten(x), y, weight):
+        if isinstance(values, np.memmap):
+            continue
+        values = np.asarray(values)
+        bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+        if bad.any():
+            raise ValueError(
+                f"{bad.sum()} training examples hold NaN or infinity, the first is number "
+                f"{bad.argmax()}: repair them or leave them out."
+            )
 
 
 def _as_arrays(x):

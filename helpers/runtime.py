@@ -5,6 +5,8 @@ import os
 import random
 import sys
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,9 @@ def checkpoint(folder):
     """Return keep(numbers, compute): compute(), or what a run with the same numbers stored.
 
     Results are arrays, one file each in `folder`, written whole or not at all; `numbers` is a list
-    of arrays and scalars that decide the result, so other data or settings mean other files.
+    of arrays and scalars that decide the result, so other data or settings mean other files. A
+    file that was damaged (its checksum differs) is said so and computed again; on a full disk the
+    run goes on without it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,13 +103,23 @@ def checkpoint(folder):
         digest = hashlib.sha256()
         for part in numbers:
             digest.update(np.ascontiguousarray(part))
-        path = folder / f"{digest.hexdigest()[:20]}.npy"
+        path = folder / f"{digest.hexdigest()[:20]}.npz"
         if path.exists():
-            return np.load(path)
+            try:
+                with np.load(path) as stored:
+                    return stored["values"]
+            except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError, zlib.error):
+                print(f"{path.name} is damaged: computing it again.")
         values = compute()
-        with path.with_suffix(".partial").open("wb") as file:
-            np.save(file, values)
-        os.replace(path.with_suffix(".partial"), path)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, values=values)
+            os.replace(partial, path)
+        except OSError as error:
+            warnings.warn(f"{path} is not kept ({error.strerror}); going on.", stacklevel=2)
+        finally:
+            partial.unlink(missing_ok=True)
         return values
 
     return keep

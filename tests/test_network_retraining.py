@@ -193,9 +193,9 @@ def test_an_interrupted_run_of_refits_goes_on_where_it_was(polished, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         removals.retrain(rows, checkpoint=interrupted)
-    assert len(list(tmp_path.glob("*.npy"))) == 2
+    assert len(list(tmp_path.glob("*.npz"))) == 2
     np.testing.assert_array_equal(removals.retrain(rows, checkpoint=keep).thetas, whole.thetas)
-    assert len(list(tmp_path.glob("*.npy"))) == 4
+    assert len(list(tmp_path.glob("*.npz"))) == 4
     removals.proximal(rows[:1], 0.1, checkpoint=keep)  # another question, another file
     removals.retrain(rows[:1], fraction=0.1, checkpoint=keep)
-    assert len(list(tmp_path.glob("*.npy"))) == 6
+    assert len(list(tmp_path.glob("*.npz"))) == 6
