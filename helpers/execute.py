@@ -4,7 +4,7 @@ How this differs from plain papermill:
 1. an unknown parameter, or a value of another type than the default's, is an error;
 2. the parameters cell holds literals only, so an override can not leave a derived value behind;
 3. the output file appears when the run has succeeded; until then it is NN_name.partial.ipynb;
-4. stderr, widgets, timings and papermill's metadata are dropped, so a repeated run gives the same file;
+4. stderr, widgets, timings and papermill's metadata are dropped, so runs repeat to the byte;
 5. notebooks run in the order of their numbers, because each reads what earlier ones wrote.
 """
 
@@ -83,7 +83,7 @@ def tidy(notebook, *, in_place):
 
 
 def _passing(output):
-    """Return whether an output is stderr or a widget, which nobody can move once its kernel ended."""
+    """Return whether an output is stderr or a widget, dead once its kernel has ended."""
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     return widget or output.get("name") == "stderr"
 
