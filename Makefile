@@ -16,7 +16,7 @@ export KERAS_HOME
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh lock lint backbone benchmark peers
+.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark peers
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -49,6 +49,13 @@ lab: .venv/ready  ## open JupyterLab
 
 refresh: .venv/ready  ## re-execute the committed notebooks in place and update the README's table
 	$(BIN)/python -m helpers.execute --in-place $(NOTEBOOKS)
+
+readme: .venv/ready  ## write the README's table and the verdict pages from the verdicts
+	$(BIN)/python -m helpers.reporting --readme
+
+site: .venv/ready  ## notebooks, figures and the API of `helpers` as a static site in runs/site/
+	CUDA_VISIBLE_DEVICES=-1 $(BIN)/sphinx-build -q -W --keep-going -c docs . runs/site
+	@echo "open runs/site/index.html"
 
 backbone: .venv/ready  ## train the demo's feature network again
 	$(BIN)/python -m helpers.backbone

@@ -4,7 +4,7 @@ How this differs from plain papermill:
 1. an unknown parameter, or a value of another type than the default's, is an error;
 2. the parameters cell holds literals only, so an override can not leave a derived value behind;
 3. the output file appears when the run has succeeded; until then it is NN_name.partial.ipynb;
-4. stderr, timings and papermill's own metadata are dropped, so a repeated run gives the same file;
+4. stderr, widgets, timings and papermill's metadata are dropped, so runs repeat to the byte;
 5. notebooks run in the order of their numbers, because each reads what earlier ones wrote.
 """
 
@@ -63,6 +63,7 @@ def checked(given, declared):
 def tidy(notebook, *, in_place):
     """Drop what changes from run to run; `in_place` also drops the injected parameters cell."""
     notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {
         "display_name": "Python 3 (ipykernel)",
         "language": "python",
@@ -77,8 +78,14 @@ def tidy(notebook, *, in_place):
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = _joined([o for o in cell.outputs if o.get("name") != "stderr"])
+            cell.outputs = _joined([o for o in cell.outputs if not _passing(o)])
     return notebook
+
+
+def _passing(output):
+    """Return whether an output is stderr or a widget, dead once its kernel has ended."""
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return widget or output.get("name") == "stderr"
 
 
 def _joined(outputs):

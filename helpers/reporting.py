@@ -8,6 +8,7 @@ them all.
 import io
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -185,35 +186,84 @@ def all_verdicts(profile):
     return pd.concat(tables, ignore_index=True)
 
 
-def markdown_table(profile):
-    """Return the verdicts of a profile as a Markdown table for the README."""
-    lines = [
-        "| notebook | claim | criterion | value | verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in all_verdicts(profile).itertuples():
-        link = f"[{row.notebook}](notebooks/{row.notebook}.ipynb)"
-        criterion = row.criterion.replace("|", r"\|")
-        lines.append(
-            f"| {link} | {row.claim} (`{row.id}`) | {criterion} | "
-            f"{show_number(row.value)} | {row.verdict} |"
-        )
+def notebooks():
+    """Return the committed notebooks as a table: their question (the title) and their answer."""
+    rows = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        if path.stem.endswith(".partial"):  # one that is being run
+            continue
+        title = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        question = title.partition(" · ")[2].partition("\n")[0]
+        answer = " ".join(title.partition("**Answer.**")[2].partition("\n\n")[0].split())
+        rows.append((path.stem, question, answer))
+    return pd.DataFrame(rows, columns=["notebook", "question", "answer"])
+
+
+def counts(profile):
+    """Return how many verdicts of each word a notebook has: one row a notebook, columns WORDS."""
+    table = all_verdicts(profile)
+    return pd.crosstab(table["notebook"], table["verdict"]).reindex(columns=WORDS, fill_value=0)
+
+
+def summary_page():
+    """Return the README's table: one line a notebook, how its claims fared in demo and real."""
+    tables = [counts(profile) for profile in ("demo", "real")]
+    lines = ["| notebook | question | in short | drawn | real |", "| --- | --- | --- | --- | --- |"]
+    for row in notebooks().itertuples():
+        fared = [
+            " / ".join(map(str, t.loc[row.notebook])) if row.notebook in t.index else "-"
+            for t in tables
+        ]
+        cells = [_link(row.notebook, row.notebook[:2]), row.question, _in_short(row.answer), *fared]
+        lines.append(_markdown_row(cells))
     return "\n".join(lines)
 
 
-def update_readme(path=ROOT / "README.md"):
-    """Rewrite the verdict tables between the README's markers."""
-    text = Path(path).read_text()
+def verdict_page(profile):
+    """Return figures/<profile>/VERDICTS.md: every verdict and, where they may be shown, figures."""
+    table, lines = all_verdicts(profile), [f"# Every verdict of the profile `{profile}`", ""]
+    for row in notebooks().itertuples():
+        own = table[table["notebook"] == row.notebook]
+        title = _link(row.notebook, f"{row.notebook[:2]} · {row.question}", up="../../")
+        lines += [f"## {title}", "", row.answer if len(own) else "Not run yet.", ""]
+        if len(own):
+            lines += ["| claim | criterion | value | verdict |", "| --- | --- | --- | --- |"]
+        for v in own.itertuples():
+            cells = [f"{v.claim} (`{v.id}`)", v.criterion, show_number(v.value), v.verdict]
+            lines.append(_markdown_row(cells))
+        if profile == "demo":  # photographs are not ours to show
+            figures = sorted((ROOT / "figures" / profile).glob(f"{row.notebook[:2]}_*.png"))
+            lines += [f"\n![{f.stem.replace('_', ' ')}]({f.name})" for f in figures]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_row(cells):
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _link(notebook, text, up=""):
+    return f"[{text}]({up}notebooks/{notebook}.ipynb)"
+
+
+def _in_short(answer, least=50):
+    """Return an answer's first sentence, and the next where the first says too little."""
+    ends = [m.end() for m in re.finditer(r"[.](?= [A-Z*]|$)", answer)]
+    return answer[: next((end for end in ends if end >= least), None)]
+
+
+def update_readme(path=None):
+    """Rewrite the README's table between its markers, and figures/<profile>/VERDICTS.md."""
+    path = Path(path or ROOT / "README.md")
+    start, end = "<!-- notebooks -->", "<!-- end notebooks -->"
+    head, rest = path.read_text().split(start)
+    path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}")
     for profile in ("demo", "real"):
-        start, end = f"<!-- verdicts {profile} -->", f"<!-- end {profile} -->"
-        if start in text:
-            head, rest = text.split(start)
-            text = f"{head}{start}\n{markdown_table(profile)}\n{end}{rest.split(end)[1]}"
-    Path(path).write_text(text)
+        (folder("figures", profile) / "VERDICTS.md").write_text(verdict_page(profile))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--readme"]:
         update_readme()
     else:
-        print(markdown_table(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+        print(verdict_page(sys.argv[1] if len(sys.argv) > 1 else "demo"))

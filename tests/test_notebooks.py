@@ -101,10 +101,12 @@ def test_profiles_override_parameters_that_exist(profile):
     assert uses_profile == set(overrides)
 
 
-def test_the_readme_shows_the_committed_verdicts():
-    text = (ROOT / "README.md").read_text()
-    assert reporting.markdown_table("demo") in text
-    assert reporting.markdown_table("real") in text
+def test_readme_and_verdict_pages_are_those_of_the_committed_verdicts():
+    """`make readme` writes them."""
+    assert reporting.summary_page() in (ROOT / "README.md").read_text()
+    for profile in ("demo", "real"):
+        page = ROOT / "figures" / profile / "VERDICTS.md"
+        assert page.read_text() == reporting.verdict_page(profile)
 
 
 def test_imports_between_helpers_only_point_down():

@@ -44,16 +44,30 @@ def test_verdicts_are_written_and_read_back(tmp_path):
     assert reporting.all_verdicts("demo")["id"].tolist() == ["a", "b", "c", "d"]
 
 
-def test_the_readme_table_is_rewritten_between_its_markers(tmp_path):
+def test_readme_and_verdict_page_are_rewritten(tmp_path):
     reporting.write_verdicts("04_influence", "demo", {}, verdicts())
+    (tmp_path / "notebooks").mkdir()
+    for name in ("04_influence", "05_other"):
+        answer = f"**Answer.** Short. It is\nso, on {'x' * 60}. And more.\n\nNo."
+        title = f"# {name[:2]} · Why?\n\n{answer}"
+        cell = {"cell_type": "markdown", "source": title.splitlines(keepends=True)}
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (tmp_path / "figures" / "demo" / "04_picture.png").touch()
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- verdicts demo -->\nold\n<!-- end demo -->\nafter\n")
+    readme.write_text("before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n")
     reporting.update_readme(readme)
     text = readme.read_text()
     assert "old" not in text
-    assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in text
+    answer = f"Short. It is so, on {'x' * 60}."
+    assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | 1 / 1 / 1 / 1 | - |" in text
+    assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+    page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text()
+    assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in page
+    assert "![04 picture](04_picture.png)" in page
+    assert "Not run yet." in page
+    assert ".png" not in (tmp_path / "figures" / "real" / "VERDICTS.md").read_text()
 
 
 def test_figures_store_their_numbers(tmp_path):

@@ -1,0 +1,115 @@
+"""The static site (`make site`): README, notebooks with their stored outputs, verdicts, API.
+
+The source folder is the root of the repository, so that the links people follow on disk work here.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from helpers import runtime  # noqa: E402
+
+runtime.start("demo")
+
+project = "Influence functions, reproduced"
+author = "the contributors"
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+root_doc = "README"
+include_patterns = ["*.md", "notebooks/*.ipynb", "figures/*/*.md", "data/README.md", "docs/*.md"]
+exclude_patterns = ["**/.ipynb_checkpoints", "**/*.partial.ipynb", "runs"]
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath", "html_image"]
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+html_theme = "furo"
+html_title = project
+html_math_renderer = "mathml"
+html_show_copyright = False
+html_copy_source = False
+autodoc_member_order = "bysource"
+templates_path = []
+
+CONTENTS = """
+```{{toctree}}
+:hidden:
+:caption: Notebooks
+:maxdepth: 1
+
+{notebooks}
+```
+
+```{{toctree}}
+:hidden:
+:caption: Reference
+
+Every verdict and figure: drawn <figures/demo/VERDICTS>
+Every verdict: real data <figures/real/VERDICTS>
+docs/api
+data/README
+figures/benchmark/benchmark
+CONTRIBUTING
+```
+"""
+
+
+def add_contents(app, name, text):
+    """Append the list of pages to the README; the benchmark's table gets a title."""
+    if name == "figures/benchmark/benchmark":
+        text[0] = f"# How fast\n\n{text[0]}"
+    if name == "README":
+        paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+        names = "\n".join(f"notebooks/{p.stem}" for p in paths if ".partial" not in p.name)
+        text[0] += CONTENTS.format(notebooks=names)
+
+
+def literal(app, what, name, obj, options, lines):
+    """Show a docstring as it is written: its first line as a sentence, the rest as a block."""
+    if lines:
+        first = re.sub(r"([\\*`|_])", r"\\\1", lines[0])
+        rest = ["", "::", "", *(f"   {line}" for line in lines[1:]), ""] if any(lines[1:]) else [""]
+        lines[:] = [first, *rest]
+
+
+def math(visitor, node, display):
+    """Write a formula as MathML, which browsers draw without a script from elsewhere."""
+    visitor.body.append(tex2mathml(node.astext(), as_block=display))
+    raise SkipNode
+
+
+def finish(app, error):
+    """Make index.html the README's page."""
+    if error is None:
+        shutil.copy(Path(app.outdir, "README.html"), Path(app.outdir, "index.html"))
+
+
+class Modules(SphinxDirective):
+    """Every module of `helpers`, in the order of its layers."""
+
+    def run(self):
+        lines = []
+        for path in sorted((ROOT / "helpers").glob("[a-z]*.py")):
+            lines += [
+                f"## {path.stem}",
+                "",
+                "```{eval-rst}",
+                f".. automodule:: helpers.{path.stem}",
+            ]
+            lines += ["   :members:", "```", ""]
+        return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
+
+
+def setup(app):
+    """Connect the functions above."""
+    app.connect("source-read", add_contents)
+    app.connect("autodoc-process-docstring", literal)
+    app.connect("build-finished", finish)
+    app.add_directive("modules", Modules)
+    app.add_html_math_renderer(
+        "mathml", (lambda v, n: math(v, n, False), None), (lambda v, n: math(v, n, True), None)
+    )

@@ -1,0 +1,34 @@
+"""What a reader meets first: the README's links, commands and code."""
+
+import os
+import re
+import subprocess
+import sys
+
+from helpers.runtime import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_link_and_every_target_exists():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(links) > 20
+    assert not [link for link in links if not (ROOT / link).exists()]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z]+)(?=[ `])", README)) - {"it"} <= targets
+
+
+def test_the_code_for_your_own_model_runs_as_it_stands():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in code.splitlines() if line]) <= 16
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "5 of 5 right-hand sides solved" in run.stdout
+    assert re.search(r"most helpful for test 0: \[[ \d]+\]", run.stdout)
