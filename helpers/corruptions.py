@@ -120,7 +120,7 @@ def corrupt(pictures, corruption, severity, *, seed=0, **each):
     and in every selection that keeps its place. each : arguments with one entry a picture.
     """
     shifted = np.empty_like(pictures)
-    for j, picture in enumerate(tqdm(pictures, desc="corrupting", unit="picture")):
+    for j, picture in enumerate(tqdm(pictures, desc="corrupting", unit="picture", leave=False)):
         own = {name: values[j] for name, values in each.items()}
         shifted[j] = corruption(picture, severity, np.random.default_rng([seed, j]), **own)
     return shifted
@@ -187,7 +187,7 @@ def attack(pictures, labels, backbone, weights, *, bias=0.0, step=STEP, box=BOX,
         x = np.random.default_rng(seed).uniform(low, high).astype(dtype)
     head = [tf.constant(v, dtype) for v in (np.ravel(weights), bias, step, stop)]
     done, active = 0, np.arange(len(x))
-    with tqdm(total=len(x), desc="attacking", unit="picture") as bar:
+    with tqdm(total=len(x), desc="attacking", unit="picture", leave=False) as bar:
         while done < rounds and len(active):
             some = min(max(3, done), rounds - done)
             for start in range(0, len(active), batch_size):

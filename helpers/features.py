@@ -121,7 +121,8 @@ def extract(manifest, backbone, *, batch_size=64, cache=None):
 def measure(pictures, backbone, *, batch_size=64):
     """Return the features (n, d) float32 of pictures in memory, uint8 or not rounded, in 0..255."""
     starts, parts = range(0, len(pictures), batch_size), []
-    for i in tqdm(starts, desc=f"{backbone.name} features", disable=len(starts) == 1):
+    bar = tqdm(starts, f"{backbone.name} features", leave=False) if len(starts) > 1 else starts
+    for i in bar:
         batch = np.array(pictures[i : i + batch_size], backbone.model.compute_dtype)
         parts.append(backbone.model.predict_on_batch(backbone.preprocess(batch)))
     return np.concatenate(parts).astype(np.float32)
