@@ -126,6 +126,16 @@ def _extract(manifest, backbone, batch_size, cache, key):
     return np.load(done)
 
 
+def measure(pictures, backbone, *, batch_size=64):
+    """Return the features (n, d) float32 of pictures in memory, uint8 or not rounded, in 0..255."""
+    starts, parts = range(0, len(pictures), batch_size), []
+    bar = tqdm(starts, f"{backbone.name} features", leave=False) if len(starts) > 1 else starts
+    for i in bar:
+        batch = np.array(pictures[i : i + batch_size], backbone.model.compute_dtype)
+        parts.append(backbone.model.predict_on_batch(backbone.preprocess(batch)))
+    return np.concatenate(parts).astype(np.float32)
+
+
 def _fill(manifest, backbone, batch_size, partial):
     """Write features batch by batch; `.progress` counts the rows that are safely on disk."""
     n, d = len(manifest), int(backbone.model.output_shape[-1])
@@ -146,8 +156,7 @@ def _fill(manifest, backbone, batch_size, partial):
     for first in range(start, n, batch_size):
         rows = slice(first, first + batch_size)
         batch = everything[rows] if drawn else datasets.pictures(manifest[rows], backbone.size)
-        inputs = backbone.preprocess(np.array(batch, backbone.model.compute_dtype))
-        array[rows] = backbone.model.predict_on_batch(inputs)
+        array[rows] = measure(batch, backbone, batch_size=batch_size)
         array.flush()
         progress.write_text(str(min(first + batch_size, n)))
         bar.update(len(batch))

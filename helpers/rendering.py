@@ -211,6 +211,20 @@ def draw(row, *, seed=0, size=96):
     return _photograph(canvas, rng, own, size)
 
 
+def silhouette(row, *, seed=0, size=96):
+    """Return where the object of a drawn picture is, (size, size) bool, hidden parts included."""
+    rng = np.random.default_rng([seed, int(row["scene"])])
+    small = row["flag"] in ("near_duplicate", "ambiguous")
+    camera, e = _camera(rng, row["background"], 2 * size, small)
+    _backdrop(rng, row["background"], 2 * size, camera, e)  # the generator moves on as in `draw`
+    points, firsts, _ = _mesh(row["subtype"])
+    pixels = _see(points * rng.uniform(0.9, 1.1, 3), camera)[0].astype(np.int32)
+    mask = np.zeros((2 * size, 2 * size), np.uint8)
+    for corners in np.split(pixels, firsts[1:]):
+        cv2.fillPoly(mask, [corners], 255)
+    return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) > 127
+
+
 def _manifest(groups, rng):
     """Return unflagged rows for groups (label, subtypes, split, n, backgrounds)."""
     rows = []

@@ -34,6 +34,7 @@ def test_the_notebooks_are_found():
         "08_model_comparison",
         "09_influential_subset",
         "10_mislabel_study",
+        "12_shifted_tests",
         "13_domain_mismatch",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
@@ -114,7 +115,7 @@ def test_imports_between_helpers_only_point_down():
         {"execute"},
         {"reporting"},
         {"evaluation"},
-        {"vehicles"},
+        {"vehicles", "corruptions"},
         {"influence", "retraining", "network_retraining"},
         {"approximations"},
         {"solvers"},
