@@ -5,9 +5,11 @@ import os
 import random
 import sys
 import warnings
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
+import tqdm.auto
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("demo", "real", "thesis")
@@ -47,6 +49,8 @@ def start(profile="demo", seed=0):
     import seaborn as sns
 
     warnings.filterwarnings("ignore", message=".*IProgress.*")
+    if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not heed
+        tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
     plt.rcParams.update(
         {"figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True}
