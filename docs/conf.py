@@ -33,6 +33,7 @@ html_math_renderer = "mathml"
 html_show_copyright = False
 html_copy_source = False
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 templates_path = []
 
 CONTENTS = """
@@ -68,12 +69,21 @@ def add_contents(app, name, text):
         text[0] += CONTENTS.format(notebooks=names)
 
 
-def literal(app, what, name, obj, options, lines):
-    """Show a docstring as it is written: its first line as a sentence, the rest as a block."""
-    if lines:
-        first = re.sub(r"([\\*`|_])", r"\\\1", lines[0])
-        rest = ["", "::", "", *(f"   {line}" for line in lines[1:]), ""] if any(lines[1:]) else [""]
-        lines[:] = [first, *rest]
+def as_written(app, what, name, obj, options, lines):
+    """Keep a docstring's lines as they are written, with nothing but `names` marked."""
+    block = []
+    for line in lines[1:]:
+        block.append(f"| {' ' * (len(line) - len(line.lstrip()))}{_escaped(line.strip())}")
+    lines[:] = [_escaped(line) for line in lines[:1]] + ["", *block, ""]
+
+
+def _escaped(line):
+    parts = line.split("`")
+    if len(parts) % 2 == 0:  # an unpaired backtick
+        return re.sub(r"([\\*`|_])", r"\\\1", line)
+    plain = [re.sub(r"([\\*|_])", r"\\\1", part) for part in parts]
+    plain[1::2] = [f"``{part}``" for part in parts[1::2]]
+    return "".join(plain)
 
 
 def math(visitor, node, display):
@@ -107,7 +117,7 @@ class Modules(SphinxDirective):
 def setup(app):
     """Connect the functions above."""
     app.connect("source-read", add_contents)
-    app.connect("autodoc-process-docstring", literal)
+    app.connect("autodoc-process-docstring", as_written)
     app.connect("build-finished", finish)
     app.add_directive("modules", Modules)
     app.add_html_math_renderer(

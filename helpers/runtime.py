@@ -7,9 +7,11 @@ import sys
 import warnings
 import zipfile
 import zlib
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
+import tqdm.auto
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("demo", "real", "thesis")
@@ -57,6 +59,8 @@ def start(profile="demo", seed=0, *, threads=None):
     import seaborn as sns
 
     warnings.filterwarnings("ignore", message=".*IProgress.*")
+    if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not heed
+        tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
     plt.rcParams.update(
         {"figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True}

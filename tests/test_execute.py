@@ -2,8 +2,10 @@
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from helpers import execute
+from helpers.runtime import ROOT
 
 
 def write(path, *sources, parameters="n = 3\nrate = 0.5\nname = 'a=b'\nfast = False"):
@@ -67,6 +69,20 @@ def test_running_in_place_twice_gives_the_same_bytes(tmp_path):
     first = path.read_bytes()
     execute.run(path, path)
     assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("disable", ["1", ""])
+def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disable):
+    monkeypatch.setenv("TQDM_DISABLE", disable)
+    lines = ["from helpers import runtime", "runtime.start('demo')", "from tqdm.auto import tqdm"]
+    start = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *lines])
+    cells = [nbformat.v4.new_code_cell(s) for s in (start, "for _ in tqdm(range(2)): pass")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, kernel_name="python3").execute()
+    assert bool(cells[1].outputs) == (not disable)
+    notebook = execute.tidy(notebook, in_place=True)
+    assert not notebook.cells[1].outputs
+    assert "widgets" not in notebook.metadata
 
 
 def test_a_failed_run_leaves_no_done_file(tmp_path):

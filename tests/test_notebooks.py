@@ -48,9 +48,10 @@ def test_executed_top_to_bottom(name):
 
 
 @every
-def test_no_errors_and_no_stderr(name):
+def test_no_errors_no_stderr_and_no_widgets(name):
     outputs = [o for c in code(name) for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if any("widget" in kind for kind in o.get("data", {}))]
 
 
 @every
