@@ -34,6 +34,7 @@ def test_the_notebooks_are_found():
         "08_model_comparison",
         "09_influential_subset",
         "10_mislabel_study",
+        "11_attack_study",
         "13_domain_mismatch",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
@@ -112,7 +113,7 @@ def test_imports_between_helpers_only_point_down():
         {"execute"},
         {"reporting"},
         {"evaluation"},
-        {"vehicles"},
+        {"vehicles", "attacks"},
         {"influence", "retraining", "network_retraining"},
         {"approximations"},
         {"solvers"},
