@@ -102,25 +102,29 @@ class Attacks:
                 scores[part, j] = np.abs(pull(c)).sum((1, 2, 3))
         return scores
 
-    def attack(self, targets, carriers, *, start=None, box=0.5, step=0.1, steps=10, keep=None):
+    def attack(
+        self, targets, carriers, *, start=None, box=0.5, step=0.25, steps=4, stop=0.5, keep=None
+    ):
         """Return the altered training pictures of each attack, (carriers, h, w, 3).
 
         Attack j alters the training pictures carriers[j] within `box` levels of the original and
-        within 0..255, by `steps` sign steps, until every test picture of targets[j] is misnamed.
-        The head is refitted after every step. Carriers of different attacks go through the backbone
-        together, as many as make a batch.
+        within 0..255, by `steps` sign steps, until p(true class) is below `stop` for every test
+        picture of targets[j]; with stop = 0 it takes all steps. The head is refitted after every
+        step. Carriers of different attacks go through the backbone together, as many as make a
+        batch.
 
         start : altered pictures to begin at, as returned. keep : what `runtime.checkpoint(folder)`
             returned: finished batches are kept there and an interrupted run goes on where it was.
         """
         keep = keep or (lambda numbers, compute: compute())
         start = [self.images[rows] for rows in carriers] if start is None else start
-        settings, done = [self.theta, self.x_test, box, step, steps], []
+        options = box, step, steps, stop
+        settings, done = [self.theta, self.x_test, *options], []
         for part in tqdm(self._batches(carriers), desc="attacks", unit="batch", leave=False):
             pieces = [targets[j] for j in part], [carriers[j] for j in part]
             begin = np.concatenate([start[j] for j in part])
-            numbers = [*settings, begin, *pieces[0], -1, *pieces[1]]
-            found = keep(numbers, lambda a=(*pieces, begin): self._attack(*a, box, step, steps))
+            numbers = [*settings, begin, *_joined(pieces[0]), *_joined(pieces[1])]
+            found = keep(numbers, lambda a=(*pieces, begin): self._attack(*a, *options))
             done += np.split(found, np.cumsum([len(rows) for rows in pieces[1]])[:-1])
         return done
 
@@ -135,7 +139,7 @@ class Attacks:
             room -= len(rows)
         return batches
 
-    def _attack(self, targets, carriers, x, box, step, steps):
+    def _attack(self, targets, carriers, x, box, step, steps, stop):
         rows, owner = _joined(carriers)
         original = self.images[rows].astype(self.backbone.model.compute_dtype)
         low, high = np.maximum(original - box, 0), np.minimum(original + box, 255)
@@ -147,14 +151,15 @@ class Attacks:
             mine, y = np.searchsorted(live, owner[at]), self.y[rows[at]]
             fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-8)
             theta[:, live] = fits.theta
-            right = [(self.true_logits(theta[:, j], targets[j]) >= 0).any() for j in live]
-            if taken == steps or not any(right):
+            chances = [expit(self.true_logits(theta[:, j], targets[j])) for j in live]
+            goes_on = np.array([(p >= stop).any() for p in chances])
+            if taken == steps or not goes_on.any():
                 return x
             s = self.directions([targets[j] for j in live], fits.theta, solve)
             c = cotangent(s[:, mine].T, phi, y, fits.theta[:, mine].T)
-            c[~np.array(right)[mine]] = 0
+            c[~goes_on[mine]] = 0
             x[at] = np.clip(x[at] - step * np.sign(pull(c)), low[at], high[at])
-            live = live[right]
+            live = live[goes_on]
 
     def judge(self, targets, carriers, pictures):
         """Return p(true class) of each attack's test pictures after the refit, and its Fits.
