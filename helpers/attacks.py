@@ -79,7 +79,7 @@ class Attacks:
             gradient[:, j] = pull @ self.x_test[tests] / len(tests)
         if solve is None:
             return self.refits.basis.factor.solve(gradient)
-        return solve(gradient)
+        return solve(gradient, 1e-3)
 
     def cotangent_norms(self, s):
         """Return ||c|| of every training picture for s (p, k) at the clean head, (n, k)."""
@@ -149,7 +149,7 @@ class Attacks:
             at = np.isin(owner, live)
             phi, pull = self.see(x[at])
             mine, y = np.searchsorted(live, owner[at]), self.y[rows[at]]
-            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-8)
+            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-6)
             theta[:, live] = fits.theta
             chances = [expit(self.true_logits(theta[:, j], targets[j])) for j in live]
             goes_on = np.array([(p >= stop).any() for p in chances])
