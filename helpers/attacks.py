@@ -119,7 +119,8 @@ class Attacks:
         keep = keep or (lambda numbers, compute: compute())
         start = [self.images[rows] for rows in carriers] if start is None else start
         options = box, step, steps, stop
-        settings, done = [self.theta, self.x_test, *options], []
+        # rounded: the last digits of a fit may differ from run to run
+        settings, done = [np.float32(self.theta), np.float32(self.x_test), *options], []
         for part in tqdm(self._batches(carriers), desc="attacks", unit="batch", leave=False):
             pieces = [targets[j] for j in part], [carriers[j] for j in part]
             begin = np.concatenate([start[j] for j in part])
