@@ -182,13 +182,17 @@ def _basis(head, labels, share, theta):
         return _Basis(phi, phi.T, head.decay, none, None)
     some = slice(None, None, -(-labels.shape[1] // 32))
     plain = _Basis(phi, phi.T, head.decay, none, None)
-    columns = _Columns(head, plain, labels[:, some], share[:, some])
-    a = columns.curvatures(columns.outputs(theta[:, some]))
+    return _whitened(head, plain, labels[:, some], share[:, some], theta[:, some])
+
+
+def _whitened(head, plain, labels, share, theta):
+    columns = _Columns(head, plain, labels, share)
+    a = columns.curvatures(columns.outputs(theta))
     pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
-    matrix = gram(phi, pull)
-    matrix[np.diag_indices_from(matrix)] += decay[:, 0]
+    matrix = gram(plain.psi, pull)
+    matrix[np.diag_indices_from(matrix)] += head.decay[:: head.c]
     factor = Cholesky(matrix)
-    psi = np.ascontiguousarray(factor.whiten(phi.T).T)
+    psi = np.ascontiguousarray(factor.whiten(plain.psi.T).T)
     return _Basis(psi, psi.T, np.ones(len(theta)), pull, factor)
 
 
@@ -211,14 +215,14 @@ class _Columns:
         return self._each(self.head.curvatures, outputs) * self.share[:, None, None]
 
     def outputs(self, u):
-        n, d, k = self.head.n, self.head.d, u.shape[1]
+        (n, d), k = self.basis.psi.shape, u.shape[1]
         return _product(self.basis.psi, u.reshape(d, -1)).reshape(n, self.head.c, k)
 
     def _back(self, moved, u, outputs):
         """Return psi' (moved - pull outputs) + decay u, (p, k)."""
         if self.basis.factor is not None:
             moved = moved - self.basis.pull[:, None, None] * outputs
-        data = _product(self.basis.psi_t, moved.reshape(self.head.n, -1)).reshape(u.shape)
+        data = _product(self.basis.psi_t, moved.reshape(len(moved), -1)).reshape(u.shape)
         data += self.basis.decay[:, None] * u
         return data
 
@@ -240,7 +244,8 @@ class _Columns:
             if not len(left):
                 break
             some, g = self._take(left), gradient[:, left]
-            direction, moved, spent = some._directions(outputs[..., left], g)
+            rtol = np.minimum(0.1, np.sqrt(np.linalg.norm(g, axis=0)))
+            direction, moved, spent = some.solve(outputs[..., left], g, rtol)
             length = some._armijo(u, outputs, loss, left, direction, moved, g)
             u[:, left] -= length * direction
             outputs[..., left] -= length * moved
@@ -248,11 +253,11 @@ class _Columns:
             products[left] += spent
         return self.basis.leave(u), norms, products
 
-    def _directions(self, outputs, gradient):
+    def solve(self, outputs, gradient, rtol):
         """Return H_k^-1 g_k by conjugate gradients, its outputs (n, C, k), and the products."""
         a, norms = self.curvatures(outputs), np.linalg.norm(gradient, axis=0)
         direction, moved = np.zeros_like(gradient), np.zeros_like(outputs)
-        stop, spent = np.minimum(0.1, np.sqrt(norms)) * norms, np.zeros(len(norms), int)
+        stop, spent = rtol * norms, np.zeros(len(norms), int)
         at = np.arange(len(norms))  # the columns at work: now and then the finished ones leave
         x, out, r, d = direction.copy(), moved.copy(), gradient.copy(), gradient.copy()
         rr = (r * r).sum(0)
@@ -289,6 +294,50 @@ class _Columns:
                 break
             length[short] /= 2
         return length
+
+
+class Replacements:
+    """Refits of a fitted head after some training points got other features, many at once.
+
+    In each of k refits points of its own have new features; labels stay. What all refits share is
+    kept: the features in the coordinates that whiten the clean Hessian, where every refit's Hessian
+    is the identity but for its own few points and for the change of curvature.
+    """
+
+    def __init__(self, objective):
+        head, self.theta = head_of(objective), objective.theta
+        if head.d > DENSE_FIT or head.c > 1:
+            raise ValueError(f"Replacements need one output and at most {DENSE_FIT} features.")
+        self.head, self.share = head, head.weight / head.n
+        one = head.y.reshape(-1, 1), self.share[:, None], self.theta[:, None]
+        plain = _Basis(head.phi, head.phi.T, head.decay, np.zeros(head.n), None)
+        self.basis = _whitened(head, plain, *one)
+
+    def fit(self, rows, owner, phi, *, start=None, tol=1e-10):
+        """Return the Fits of k = max(owner) + 1 refits, and solve(g, rtol) -> H_k^-1 g_k, (p, k).
+
+        Training point rows[j] has the features phi[j] in refit owner[j]: rows, owner (K,), phi
+        (K, d). start : theta (p, k) to begin at, by default the clean fit's.
+        """
+        head, k = self.head, int(np.max(owner)) + 1
+        labels = np.repeat(np.concatenate([head.y.ravel(), head.y.ravel()[rows]])[:, None], k, 1)
+        share = np.repeat(self.share[:, None], k, 1)
+        share[rows, owner] = 0
+        own = np.zeros((len(rows), k))
+        own[np.arange(len(rows)), owner] = self.share[rows]
+        psi = np.concatenate([self.basis.psi, self.basis.factor.whiten(phi.T).T])
+        pull = np.concatenate([self.basis.pull, np.zeros(len(rows))])
+        basis = self.basis._replace(psi=psi, psi_t=psi.T, pull=pull)
+        columns = _Columns(head, basis, labels, np.concatenate([share, own]))
+        begin = np.repeat(self.theta[:, None], k, 1) if start is None else start
+        fits = Fits(*columns.fit(begin, tol, 100))
+
+        def solve(g, rtol=1e-6):
+            outputs = columns.outputs(basis.enter(fits.theta))
+            white = basis.factor.whiten(g)
+            return basis.leave(columns.solve(outputs, white, rtol)[0])
+
+        return fits, solve
 
 
 def _product(matrix, columns):
