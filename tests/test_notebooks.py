@@ -113,7 +113,7 @@ def test_imports_between_helpers_only_point_down():
         {"reporting"},
         {"evaluation"},
         {"vehicles"},
-        {"influence", "retraining", "network_retraining"},
+        {"attribution", "influence", "retraining", "network_retraining"},
         {"approximations"},
         {"solvers"},
         {"spectrum"},
@@ -142,6 +142,7 @@ def test_imports_between_helpers_only_point_down():
 
 def test_mathematics_touches_no_files():
     for module in (
+        "attribution",
         "objective",
         "head",
         "curvature",
