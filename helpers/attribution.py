@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm.auto import tqdm
 
 from helpers.curvature import compiled, map_rows, output_factors
 from helpers.solvers import columns_of
@@ -14,15 +15,15 @@ from helpers.solvers import columns_of
 class EKFAC:
     """(G + diag(decay) + damping I)^-1 with G one block a layer, diagonal in a Kronecker basis.
 
-    George et al. 2018; Grosse et al. 2023, section 2.2. For a Dense layer the block of G is the
-    mean over examples and columns f of F_i (F_i F_i' = A_i, the Hessian of the loss in the outputs)
-    of (a g')(a g')', with a (d,) the layer's input and g (o,) the pulled-back f at its output before
-    the activation. Q and R are the eigenvectors of E[a a'] and E[g g']; in the basis Q (x) R the
-    diagonal of G is taken exactly. A bias is one more input that is always 1. For Conv2D a are the
-    patches, a gradient is a sum over positions, and so are both factors (Grosse & Martens 2016).
+    George et al. 2018; Grosse et al. 2023, section 2.2. With a (d,) a Dense layer's input and
+    g (o,) a column of F_i (F_i F_i' = A_i, the Hessian of loss_i in the outputs) pulled back to the
+    layer's output before the activation, its block of G is the mean over examples of the sum over
+    columns of vec(a g') vec(a g')'. Q and R are the eigenvectors of E[a a'] and E[g g']; in the
+    basis Q (x) R the diagonal of G is kept exactly. A bias is one more input that is always 1. For
+    Conv2D a are patches; gradients and factors are sums over positions (Grosse & Martens 2016).
 
-    The outputs' directions are exact, not sampled. Coordinates are scaled by the square root of
-    decay + damping, so that a bias without decay beside a kernel with it costs no accuracy.
+    All columns are used, none sampled. Coordinates are scaled by the square root of decay +
+    damping, so that a bias without decay beside a kernel with it costs no accuracy.
 
     Parameters
     ----------
@@ -74,7 +75,10 @@ class _Block(NamedTuple):
 
 def _blocks(objective):
     ends = np.cumsum([0, *objective.sizes])
-    left = {id(v): np.arange(*at) for v, *at in zip(objective.variables, ends, ends[1:])}
+    left = {
+        id(v): np.arange(*at)
+        for v, *at in zip(objective.variables, ends[:-1], ends[1:], strict=True)
+    }
     blocks = []
     for layer in objective.model._flatten_layers(include_self=False):
         supported = type(layer) is keras.layers.Dense or (
@@ -208,3 +212,91 @@ def _copies(objective, columns):
 def _unpacked(packed, shapes):
     parts = np.split(packed.numpy().astype(np.float64), np.cumsum([np.prod(s) for s in shapes]))
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+
+
+class Trained(NamedTuple):
+    """The ends of many trainings: trainable (k, p) and other (k, q) parameters, in model order.
+
+    checkpoints : (steps kept, k, p), the trainable ones along the way.
+    """
+
+    theta: np.ndarray
+    rest: np.ndarray
+    checkpoints: np.ndarray
+
+
+def train_many(
+    model, loss, x, y, rows, *, seeds, weight_decay, steps=300, rate=0.01, keep=(), batch=32
+):
+    """Train a Keras model k times from scratch on subsets of the data, together: full-batch Adam.
+
+    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls from
+    `rate` to 0 along a cosine; weight decay applies to every trainable parameter, inside the loss.
+
+    rows : (k, s) indices of each subset; y : (n,), or (k, n) with labels of its own for each copy.
+    seeds : (k,) of the initial parameters, `keras.utils.set_random_seed`.
+    keep : steps at which `checkpoints` are taken.
+    """
+    rows, y = np.asarray(rows), np.asarray(y)
+    labels = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
+    starts = {seed: _initial(model, seed) for seed in dict.fromkeys(seeds)}
+    theta, rest = (np.stack([starts[seed][k] for seed in seeds]) for k in (0, 1))
+    step = _adam_step(model, loss, weight_decay)
+    ends = []
+    for first in tqdm(range(0, len(rows), batch), "trainings", unit="batch", leave=False):
+        part = slice(first, first + batch)
+        data = tf.constant(x[rows[part]]), tf.constant(labels[part])
+        state, moments, taken = (tf.constant(theta[part]), tf.constant(rest[part])), None, []
+        moments = tf.zeros_like(state[0]), tf.zeros_like(state[0])
+        for k in range(steps):
+            now = rate * (1 + np.cos(np.pi * k / steps)) / 2
+            state, moments = step(state, moments, data, tf.constant(k + 1.0), tf.constant(now))
+            if k + 1 in keep:
+                taken.append(state[0].numpy())
+        taken = np.reshape(taken, (len(taken), *state[0].shape))
+        ends.append((state[0].numpy(), state[1].numpy(), taken))
+    thetas, rests, kept = zip(*ends, strict=True)
+    return Trained(np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1))
+
+
+def _initial(model, seed):
+    keras.utils.set_random_seed(int(seed))
+    fresh = keras.models.clone_model(model)
+    return [_flat(fresh.trainable_variables), _flat(fresh.non_trainable_variables)]
+
+
+def _flat(variables):
+    return np.concatenate([np.zeros(0), *[np.ravel(v) for v in variables]])
+
+
+def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
+    shapes = [
+        [tuple(v.shape) for v in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+
+    def parts(flat, shapes):
+        split = tf.split(flat, [int(np.prod(s)) for s in shapes]) if shapes else []
+        return [tf.reshape(t, s) for t, s in zip(split, shapes, strict=True)]
+
+    def one_copy(copy):
+        theta, rest, x, y = copy
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            outputs, moved = model.stateless_call(
+                parts(theta, shapes[0]), parts(rest, shapes[1]), x, training=True
+            )
+            value = tf.reduce_mean(loss(y, outputs)) + weight_decay / 2 * tf.reduce_sum(theta**2)
+        moved = tf.concat([tf.reshape(t, [-1]) for t in moved], 0) if moved else rest
+        return tape.gradient(value, theta), moved
+
+    @tf.function
+    def step(state, moments, data, k, rate):
+        gradient, rest = tf.vectorized_map(one_copy, (*state, *data))
+        m = b1 * moments[0] + (1 - b1) * gradient
+        v = b2 * moments[1] + (1 - b2) * gradient**2
+        k = tf.cast(k, m.dtype)
+        length = tf.cast(rate, m.dtype) * tf.sqrt(1 - b2**k) / (1 - b1**k)
+        return (state[0] - length * m / (tf.sqrt(v) + epsilon), rest), (m, v)
+
+    return step
