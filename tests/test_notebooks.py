@@ -35,6 +35,7 @@ def test_the_notebooks_are_found():
         "09_influential_subset",
         "10_mislabel_study",
         "13_domain_mismatch",
+        "14_method_comparison",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
