@@ -112,7 +112,7 @@ def _tapped(layers, seen):
                 outputs = call(inputs, **options)
             finally:
                 layer.activation = activation
-            seen.setdefault(layer.name, []).append((inputs, outputs))
+            seen.setdefault(layer, []).append((inputs, outputs))
             return outputs if activation is None else activation(outputs)
 
         return tapped
@@ -136,11 +136,11 @@ def _passes(objective, x, y):
     with tf.GradientTape(persistent=True) as tape:
         with _tapped([*layers, *([last] if last and last not in layers else [])], seen):
             outputs = objective.model(x, training=False)
-        calls = [seen.get(block.layer.name, []) for block in blocks]
+        calls = [seen.get(block.layer, []) for block in blocks]
         if any(len(call) != 1 for call in calls):
             names = [b.layer.name for b, c in zip(blocks, calls, strict=True) if len(c) != 1]
             raise ValueError(f"EK-FAC needs each layer used exactly once; {names} are not.")
-        outputs = seen[last.name][0][1] if last else outputs
+        outputs = seen[last][0][1] if last else outputs
     rows = tf.shape(outputs)[0]
     inputs, befores = zip(*(call[0] for call in calls), strict=True)
     widths = [int(np.prod(before.shape[1:])) for before in befores]
