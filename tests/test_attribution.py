@@ -119,8 +119,8 @@ def test_convolutions_are_the_dense_closed_form():
         for layer in (first, second):
             bias = layer.bias if layer.use_bias else 0.0
             kernel = tf.convert_to_tensor(layer.kernel)
-            how = layer.strides, layer.padding.upper(), "NHWC", layer.dilation_rate
-            befores.append(tf.nn.conv2d(inputs[-1], kernel, *how) + bias)
+            how = layer.strides, layer.padding.upper(), None, layer.dilation_rate
+            befores.append(tf.nn.convolution(inputs[-1], kernel, *how) + bias)
             inputs.append(tf.tanh(befores[-1]))
         flat = tf.reshape(inputs[-1], (30, -1))
         logits = tf.matmul(flat, tf.convert_to_tensor(dense.kernel)) + dense.bias
