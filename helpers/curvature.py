@@ -171,7 +171,7 @@ def _regularised(objective, vectors, one_vector, rows):
     columns = tf.transpose(vectors)
 
     def one_batch(x, y, weight):
-        return _map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
+        return map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
 
     if rows is None:
         # the number of columns is unknown where a graph serves several; 64 is what callers send
@@ -183,7 +183,7 @@ def _regularised(objective, vectors, one_vector, rows):
     return tf.transpose(total) + decay * vectors
 
 
-def _map_rows(objective, function, rows):
+def map_rows(objective, function, rows):
     """Apply function to every row: in one batched graph where the layers allow it, else a loop."""
     if rows.shape[0] == 1:
         return function(rows[0])[None]
@@ -353,7 +353,7 @@ def _double_vjp_dots(objective, x, y, weight, vectors):
             dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
         return outer.gradient(dot, weight) * weight
 
-    return _map_rows(objective, one_vector, tf.transpose(vectors))
+    return map_rows(objective, one_vector, tf.transpose(vectors))
 
 
 def dense_hessian(objective):
@@ -393,13 +393,13 @@ def curvature_factors(objective, x, y):
 
 def _curvature_rows(objective, x, y):
     """Yield, for each column f of F_i with F_i F_i' = A_i, the rows J_i' f, (b, p)."""
-    factors = _output_factors(objective, x, y)
+    factors = output_factors(objective, x, y)
     for c in range(factors.shape[-1]):
         yield _pulled(objective, x, factors[:, :, c])
 
 
 @compiled
-def _output_factors(objective, x, y):
+def output_factors(objective, x, y):
     """Return F_i (b, C, C) with F_i F_i' = A_i, the Hessian of the loss in the flat outputs."""
     outputs = objective.outputs(x)
     shape = tf.shape(outputs)

@@ -79,6 +79,42 @@ def mean_of(values):
     return Mean(float(values.mean()), float(half))
 
 
+class DatamodellingScore(NamedTuple):
+    """Rank correlation of summed attributions with losses after training on subsets of the data.
+
+    each : (m,), one a test point; mean : over them; interval : 95 %, bootstrap over test points and
+    subsets together.
+    """
+
+    mean: float
+    interval: np.ndarray
+    each: np.ndarray
+
+
+def datamodelling_score(predicted, kept, losses, *, seed=0, draws=500):
+    """Return the DatamodellingScore (LDS; Ilyas et al. 2022, Park et al. 2023).
+
+    predicted : (m, n), predicted change of each test loss if a training point is removed;
+    kept : (n, k) bool, the subsets; losses : (m, k), test losses after training on each subset.
+    """
+    summed = predicted @ ~np.asarray(kept, bool)
+    rng, (m, k) = np.random.default_rng([seed, 14]), summed.shape
+    resampled = []
+    for _ in range(draws):
+        some = np.ix_(rng.integers(0, m, m), rng.integers(0, k, k))
+        resampled.append(_rank_correlations(summed[some], losses[some]).mean())
+    each = _rank_correlations(summed, losses)
+    return DatamodellingScore(float(each.mean()), np.quantile(resampled, [0.025, 0.975]), each)
+
+
+def _rank_correlations(a, b):
+    """Return Spearman's correlation of each row of a with that of b; 0 for a constant row."""
+    a, b = (stats.rankdata(values, axis=1) for values in (a, b))
+    a, b = (values - values.mean(1, keepdims=True) for values in (a, b))
+    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.zeros(len(a)), where=scale > 0)
+
+
 class Detection(NamedTuple):
     """How well a ranking finds what it looks for: true AUC, average precision, share found.
 

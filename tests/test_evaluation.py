@@ -33,3 +33,20 @@ def test_mean_of_is_students_interval():
     assert evaluation.mean_of(values).interval == pytest.approx([low, high])
     assert np.isnan(evaluation.mean_of([1.0]).half)
     assert str(evaluation.mean_of([0.5, 0.5])) == "0.500 ± 0.000"
+
+
+def test_datamodelling_score_of_a_linear_world_is_one_and_keeps_the_sign():
+    rng = np.random.default_rng(0)
+    effects, kept = rng.normal(size=(5, 30)), rng.random((30, 40)) < 0.5
+    losses = 3 - effects @ kept  # a point with a positive effect lowers the loss: it is helpful
+    score = evaluation.datamodelling_score(effects, kept, losses)
+    assert (score.mean, score.interval[0]) == pytest.approx((1, 1))
+    assert evaluation.datamodelling_score(-effects, kept, losses).mean == pytest.approx(-1)
+    noisy = losses + 5 * rng.normal(size=losses.shape)
+    score = evaluation.datamodelling_score(effects, kept, noisy)
+    expected = [
+        stats.spearmanr(e @ ~kept, x).statistic for e, x in zip(effects, noisy, strict=True)
+    ]
+    np.testing.assert_allclose(score.each, expected)
+    assert score.interval[0] < score.mean < score.interval[1] < 1
+    assert evaluation.datamodelling_score(np.zeros((5, 30)), kept, losses).mean == 0

@@ -37,6 +37,7 @@ def test_the_notebooks_are_found():
         "11_attack_study",
         "12_shifted_tests",
         "13_domain_mismatch",
+        "14_method_comparison",
         "15_your_own_model",
     } <= set(NOTEBOOKS)
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
@@ -118,7 +119,7 @@ def test_imports_between_helpers_only_point_down():
         {"reporting"},
         {"evaluation"},
         {"attacks", "corruptions", "vehicles"},
-        {"influence", "retraining", "network_retraining"},
+        {"attribution", "influence", "retraining", "network_retraining"},
         {"approximations"},
         {"solvers"},
         {"spectrum"},
@@ -147,6 +148,7 @@ def test_imports_between_helpers_only_point_down():
 
 def test_mathematics_touches_no_files():
     for module in (
+        "attribution",
         "objective",
         "head",
         "curvature",

@@ -1,0 +1,302 @@
+"""Attribution methods for the comparison of notebook 14: EK-FAC, and retraining on many subsets."""
+
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm.auto import tqdm
+
+from helpers.curvature import compiled, map_rows, output_factors
+from helpers.solvers import columns_of
+
+
+class EKFAC:
+    """(G + diag(decay) + damping I)^-1 with G one block a layer, diagonal in a Kronecker basis.
+
+    George et al. 2018; Grosse et al. 2023, section 2.2. With a (d,) a Dense layer's input and
+    g (o,) a column of F_i (F_i F_i' = A_i, the Hessian of loss_i in the outputs) pulled back to the
+    layer's output before the activation, its block of G is the mean over examples of the sum over
+    columns of vec(a g') vec(a g')'. Q and R are the eigenvectors of E[a a'] and E[g g']; in the
+    basis Q (x) R the diagonal of G is kept exactly. A bias is one more input that is always 1. For
+    Conv2D a are patches; gradients and factors are sums over positions (Grosse & Martens 2016).
+
+    All columns are used, none sampled. Coordinates are scaled by the square root of decay +
+    damping, so that a bias without decay beside a kernel with it costs no accuracy.
+
+    Parameters
+    ----------
+    objective : Objective of Dense and Conv2D parameters; every other layer must have none selected.
+    damping : added to the diagonal; it may be 0 where every parameter is decayed.
+    """
+
+    def __init__(self, objective, *, damping=0.0):
+        shift = objective.decay + damping
+        if shift.min() <= 0:
+            raise ValueError("EK-FAC needs weight decay on every parameter, or damping > 0.")
+        first, _, _ = next(iter(objective.batches(1)))
+        columns = int(np.prod(objective.outputs(first).shape[1:]))
+        self._wheres = [block.where for block in _blocks(objective)]
+        self._scales = [1 / np.sqrt(shift[where[:, :1]]) for where in self._wheres]
+        d_o = [where.shape for where in self._wheres]
+        squares = [(k, k) for shape in d_o for k in shape]
+        scales = [tf.constant(scale[:, 0], objective.dtype) for scale in self._scales]
+        factors = _unpacked(_factors(objective, columns, scales), squares)
+        bases = [np.linalg.eigh(factor)[1] for factor in factors]
+        self._bases = list(zip(bases[::2], bases[1::2], strict=True))
+        turned = [tf.constant(basis, objective.dtype) for basis in bases]
+        diagonals = _unpacked(_diagonals(objective, columns, scales, turned), d_o)
+        self._diagonals = [1 + diagonal / objective.n for diagonal in diagonals]
+
+    def solve(self, b):
+        """Return the solution for b, (p,) or columns (p, k), in float64."""
+        b, single = columns_of(b)
+        x = np.empty_like(b)
+        for where, scale, (q, r), diagonal in zip(
+            self._wheres, self._scales, self._bases, self._diagonals, strict=True
+        ):
+            v = _rotated(b[where] * scale[..., None], q, r) / diagonal[..., None]
+            x[where] = _rotated(v, q.T, r.T) * scale[..., None]
+        return x[:, 0] if single else x
+
+
+def _rotated(v, q, r):
+    """Return q' V_k r of every column k of v (d, o, k)."""
+    return np.tensordot(r, np.tensordot(q, v, (0, 0)), (0, 1)).swapaxes(0, 1)
+
+
+class _Block(NamedTuple):
+    """A layer, and where its kernel (d, o), with the bias as last row, stands in theta."""
+
+    layer: Any
+    where: np.ndarray
+
+
+def _blocks(objective):
+    ends = np.cumsum([0, *objective.sizes])
+    left = {
+        id(v): np.arange(*at)
+        for v, *at in zip(objective.variables, ends[:-1], ends[1:], strict=True)
+    }
+    blocks = []
+    for layer in objective.model._flatten_layers(include_self=False):
+        supported = type(layer) is keras.layers.Dense or (
+            type(layer) is keras.layers.Conv2D
+            and layer.groups == 1
+            and layer.data_format == "channels_last"
+        )
+        if supported and id(layer.kernel) in left:
+            where = left.pop(id(layer.kernel)).reshape(-1, layer.kernel.shape[-1])
+            bias = left.pop(id(layer.bias), None) if layer.use_bias else None
+            where = where if bias is None else np.vstack([where, bias])
+            blocks.append(_Block(layer, where))
+    if left:
+        names = [v.path for v in objective.variables if id(v) in left]
+        raise ValueError(
+            f"EK-FAC is defined for the kernels (and their biases) of Dense and Conv2D layers, not "
+            f"for {names}: leave them out with parameters=[layer names], or use "
+            "solver='gauss_newton' of influence.ihvp."
+        )
+    return blocks
+
+
+@contextmanager
+def _tapped(layers, seen):
+    """Let the layers report (input, output before the activation) while the model is called."""
+
+    def tap(layer, call):
+        def tapped(inputs, **options):
+            activation, layer.activation = layer.activation, None
+            try:
+                outputs = call(inputs, **options)
+            finally:
+                layer.activation = activation
+            seen.setdefault(layer, []).append((inputs, outputs))
+            return outputs if activation is None else activation(outputs)
+
+        return tapped
+
+    for layer in layers:
+        layer.call = tap(layer, layer.call)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.call
+
+
+def _passes(objective, x, y):
+    """Return, for each block, inputs a (b, T, d) and pulled-back directions g (C, b, T, o).
+
+    T positions: 1 for a Dense layer on vectors. One forward pass, one backward pass a column of F.
+    """
+    blocks, seen, last = _blocks(objective), {}, objective._logits and objective._logits[1]
+    layers = [block.layer for block in blocks]
+    with tf.GradientTape(persistent=True) as tape:
+        with _tapped([*layers, *([last] if last and last not in layers else [])], seen):
+            outputs = objective.model(x, training=False)
+        calls = [seen.get(block.layer, []) for block in blocks]
+        if any(len(call) != 1 for call in calls):
+            names = [b.layer.name for b, c in zip(blocks, calls, strict=True) if len(c) != 1]
+            raise ValueError(f"EK-FAC needs each layer used exactly once; {names} are not.")
+        outputs = seen[last][0][1] if last else outputs
+    rows = tf.shape(outputs)[0]
+    inputs, befores = zip(*(call[0] for call in calls), strict=True)
+    widths = [int(np.prod(before.shape[1:])) for before in befores]
+
+    def pulled(direction):
+        gradients = tape.gradient(outputs, befores, tf.reshape(direction, tf.shape(outputs)))
+        return tf.concat([tf.reshape(g, (rows, -1)) for g in gradients], 1)
+
+    columns = tf.transpose(output_factors.graph(objective, x, y), (2, 0, 1))
+    parts = tf.split(map_rows(objective, pulled, columns), widths, axis=2)
+    for block, a, g in zip(blocks, inputs, parts, strict=True):
+        o = block.where.shape[1]
+        yield _patches(block, a, rows), tf.reshape(g, (tf.shape(g)[0], rows, -1, o))
+
+
+def _patches(block, a, rows):
+    layer, d = block.layer, block.where.shape[0]
+    if type(layer) is keras.layers.Conv2D:
+        numbers = ([1, *n, 1] for n in (layer.kernel_size, layer.strides, layer.dilation_rate))
+        a = tf.image.extract_patches(a, *numbers, layer.padding.upper())
+    a = tf.reshape(a, (rows, int(np.prod(a.shape[1:-1])), a.shape[-1]))
+    return a if a.shape[-1] == d else tf.concat([a, tf.ones_like(a[..., :1])], 2)
+
+
+@compiled
+def _factors(objective, columns, scales):
+    """Return the sums of w a a' and of w g g' over examples, columns and positions, packed."""
+
+    def one_batch(x, y, weight):
+        sums = []
+        for (a, g), scale in zip(_passes(objective, x, y), scales, strict=True):
+            for rows in (a * scale, g):
+                weighted = tf.reshape(rows * weight[:, None, None], (-1, rows.shape[-1]))
+                flat = tf.reshape(rows, (-1, rows.shape[-1]))
+                sums.append(tf.matmul(flat, weighted, transpose_a=True))
+        return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+
+    size = sum(k * k for block in _blocks(objective) for k in block.where.shape)
+    return objective.accumulate(
+        one_batch, tf.zeros(size, objective.dtype), _copies(objective, columns)
+    )
+
+
+@compiled
+def _diagonals(objective, columns, scales, bases):
+    """Return the sums of w (q' a g' r)^2 over examples and columns, packed."""
+
+    def one_batch(x, y, weight):
+        sums = []
+        for k, (a, g) in enumerate(_passes(objective, x, y)):
+            a, g = tf.matmul(a * scales[k], bases[2 * k]), tf.matmul(g, bases[2 * k + 1])
+            if a.shape[1] == 1:  # the square of a g' is the product of the squares
+                squares = tf.reduce_sum(g[:, :, 0] ** 2, 0) * weight[:, None]
+                sums.append(tf.matmul(a[:, 0] ** 2, squares, transpose_a=True))
+            else:
+                rows = tf.matmul(a[None], g, transpose_a=True)
+                sums.append(tf.reduce_sum(rows**2 * weight[:, None, None], (0, 1)))
+        return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+
+    zeros = tf.zeros(objective.p, objective.dtype)
+    return objective.accumulate(one_batch, zeros, _copies(objective, columns))
+
+
+def _copies(objective, columns):
+    """Return how many batches' worth of activations a pass holds: C of them, and of gradients."""
+    return int(columns * (1 + 8 * objective.p / max(1, objective.bytes_an_example)))
+
+
+def _unpacked(packed, shapes):
+    parts = np.split(packed.numpy().astype(np.float64), np.cumsum([np.prod(s) for s in shapes]))
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+
+
+class Trained(NamedTuple):
+    """The ends of many trainings: trainable (k, p) and other (k, q) parameters, in model order.
+
+    checkpoints : (steps kept, k, p), the trainable ones along the way.
+    """
+
+    theta: np.ndarray
+    rest: np.ndarray
+    checkpoints: np.ndarray
+
+
+def train_many(
+    model, loss, x, y, rows, *, seeds, weight_decay, steps=300, rate=0.01, keep=(), batch=32
+):
+    """Train a Keras model k times from scratch on subsets of the data, together: full-batch Adam.
+
+    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls from
+    `rate` to 0 along a cosine; weight decay applies to every trainable parameter, inside the loss.
+
+    rows : (k, s) indices of each subset; y : (n,), or (k, n) with labels of its own for each copy.
+    seeds : (k,) of the initial parameters, `keras.utils.set_random_seed`.
+    keep : steps at which `checkpoints` are taken.
+    """
+    rows, y = np.asarray(rows), np.asarray(y)
+    labels = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
+    starts = {seed: _initial(model, seed) for seed in dict.fromkeys(seeds)}
+    theta, rest = (np.stack([starts[seed][k] for seed in seeds]) for k in (0, 1))
+    step = _adam_step(model, loss, weight_decay)
+    ends = []
+    for first in tqdm(range(0, len(rows), batch), "trainings", unit="batch", leave=False):
+        part = slice(first, first + batch)
+        data = tf.constant(x[rows[part]]), tf.constant(labels[part])
+        state, moments, taken = (tf.constant(theta[part]), tf.constant(rest[part])), None, []
+        moments = tf.zeros_like(state[0]), tf.zeros_like(state[0])
+        for k in range(steps):
+            now = rate * (1 + np.cos(np.pi * k / steps)) / 2
+            state, moments = step(state, moments, data, tf.constant(k + 1.0), tf.constant(now))
+            if k + 1 in keep:
+                taken.append(state[0].numpy())
+        taken = np.reshape(taken, (len(taken), *state[0].shape))
+        ends.append((state[0].numpy(), state[1].numpy(), taken))
+    thetas, rests, kept = zip(*ends, strict=True)
+    return Trained(np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1))
+
+
+def _initial(model, seed):
+    keras.utils.set_random_seed(int(seed))
+    fresh = keras.models.clone_model(model)
+    return [_flat(fresh.trainable_variables), _flat(fresh.non_trainable_variables)]
+
+
+def _flat(variables):
+    return np.concatenate([np.zeros(0), *[np.ravel(v) for v in variables]])
+
+
+def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
+    shapes = [
+        [tuple(v.shape) for v in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+
+    def parts(flat, shapes):
+        split = tf.split(flat, [int(np.prod(s)) for s in shapes]) if shapes else []
+        return [tf.reshape(t, s) for t, s in zip(split, shapes, strict=True)]
+
+    def one_copy(copy):
+        theta, rest, x, y = copy
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            outputs, moved = model.stateless_call(
+                parts(theta, shapes[0]), parts(rest, shapes[1]), x, training=True
+            )
+            value = tf.reduce_mean(loss(y, outputs)) + weight_decay / 2 * tf.reduce_sum(theta**2)
+        moved = tf.concat([tf.reshape(t, [-1]) for t in moved], 0) if moved else rest
+        return tape.gradient(value, theta), moved
+
+    @tf.function
+    def step(state, moments, data, k, rate):
+        gradient, rest = tf.vectorized_map(one_copy, (*state, *data))
+        m = b1 * moments[0] + (1 - b1) * gradient
+        v = b2 * moments[1] + (1 - b2) * gradient**2
+        k = tf.cast(k, m.dtype)
+        length = tf.cast(rate, m.dtype) * tf.sqrt(1 - b2**k) / (1 - b1**k)
+        return (state[0] - length * m / (tf.sqrt(v) + epsilon), rest), (m, v)
+
+    return step
