@@ -99,7 +99,7 @@ def finish(app, error):
 
 
 class Modules(SphinxDirective):
-    """Every module of `helpers`, in the order of its layers."""
+    """Every module of `helpers`, by name."""
 
     def run(self):
         lines = []

@@ -207,6 +207,8 @@ class Objective:
         part._data, part.n = self.gather(rows), len(rows)
         part.batch_size = min(self.batch_size, part.n)
         part.compiled = {}
+        if self.strategy is not None:
+            part.shares = part._shared_out(*part._data)
         for cached in ("head", "_compiled_losses"):
             part.__dict__.pop(cached, None)
         return part

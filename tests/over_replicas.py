@@ -52,6 +52,7 @@ results = {
     "dots": curvature.gradient_dots(objective, vectors),
     "s_test": solution.x,
     "predicted": influence.predicted_loss_change(objective, solution),
+    "subset": curvature.loss_gradient(objective.subset(np.arange(0, 53, 3))),
 }
 assert solution.converged.all()
 np.savez(file, **results)
