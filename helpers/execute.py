@@ -21,7 +21,7 @@ import papermill
 import yaml
 from nbconvert import HTMLExporter
 
-from helpers.reporting import all_verdicts, show_number, update_readme
+from helpers.reporting import all_verdicts, show_value, update_readme
 from helpers.runtime import PROFILES, ROOT, data_root, folder
 
 
@@ -176,7 +176,7 @@ def print_verdicts(profile):
     print()
     for row in all_verdicts(profile).itertuples():
         print(
-            f"{row.notebook[:2]}  {row.verdict:14s}  {row.id:28s} {show_number(row.value):>11s}"
+            f"{row.notebook[:2]}  {row.verdict:14s}  {row.id:28s} {show_value(row):>24s}"
             f"   {row.criterion}"
         )
     print(f"\nExecuted notebooks: runs/{profile}/*.html   figures: figures/{profile}/")

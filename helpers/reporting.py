@@ -24,20 +24,25 @@ WORDS = ("reproduced", "partly", "not reproduced", "not run")
 
 
 class Verdict(NamedTuple):
-    """One claim and what became of it; `verdict` is one of WORDS."""
+    """One claim and what became of it; `verdict` is one of WORDS, `interval` a 95 % one."""
 
     id: str
     claim: str
     criterion: str
     value: float | None
     verdict: str
+    interval: list | None = None
 
 
-def verdict(id, claim, criterion, value, holds, *, partly=False):
-    """Return a Verdict: `holds` True, else `partly`; `holds` None means it was not run."""
+def verdict(id, claim, criterion, value, holds, *, partly=False, interval=None):
+    """Return a Verdict: `holds` True, else `partly`; `holds` None means it was not run.
+
+    interval : (low, high) of the value at 95 %, where repetitions or test points give one.
+    """
     word = "not run" if holds is None else WORDS[0 if holds else 1 if partly else 2]
     value = None if value is None else float(value)
-    return Verdict(id, claim, criterion, value, word)
+    known = interval is not None and np.isfinite(interval).all()
+    return Verdict(id, claim, criterion, value, word, [*map(float, interval)] if known else None)
 
 
 def show_number(value):
@@ -51,10 +56,17 @@ def show_number(value):
     return f"{value:.3g}"
 
 
+def show_value(v):
+    """Return a verdict's value as text, with its interval where it has one."""
+    if not isinstance(v.interval, list):  # None, or NaN where a table has filled a gap
+        return show_number(v.value)
+    return f"{show_number(v.value)} ({' to '.join(map(show_number, v.interval))})"
+
+
 def verdict_table(verdicts):
     """Return the verdicts as a table to show."""
     table = pd.DataFrame(verdicts, columns=Verdict._fields)
-    table["value"] = [show_number(v.value) for v in verdicts]
+    table["value"] = [show_value(v) for v in verdicts]
     pd.set_option("display.max_colwidth", 80, "display.width", 200)
     return table[["id", "claim", "criterion", "value", "verdict"]].set_index("id")
 
@@ -72,7 +84,7 @@ def write_verdicts(notebook, profile, parameters, verdicts):
         "notebook": notebook,
         "profile": profile,
         "parameters": parameters,
-        "verdicts": [v._asdict() for v in verdicts],
+        "verdicts": [_without_empty_interval(v) for v in verdicts],
         "versions": {
             "tensorflow": tf.__version__,
             "keras": keras.__version__,
@@ -89,6 +101,10 @@ def write_verdicts(notebook, profile, parameters, verdicts):
     path = folder("figures", profile) / f"{notebook[:2]}_verdicts.json"
     path.write_text(json.dumps(_plain(record), indent=1) + "\n")
     return verdict_table(verdicts)
+
+
+def _without_empty_interval(v):
+    return {key: value for key, value in v._asdict().items() if key != "interval" or value}
 
 
 def _commit():
@@ -229,7 +245,7 @@ def verdict_page(profile):
         if len(own):
             lines += ["| claim | criterion | value | verdict |", "| --- | --- | --- | --- |"]
         for v in own.itertuples():
-            cells = [f"{v.claim} (`{v.id}`)", v.criterion, show_number(v.value), v.verdict]
+            cells = [f"{v.claim} (`{v.id}`)", v.criterion, show_value(v), v.verdict]
             lines.append(_markdown_row(cells))
         if profile == "demo":  # photographs are not ours to show
             figures = sorted((ROOT / "figures" / profile).glob(f"{row.notebook[:2]}_*.png"))

@@ -44,6 +44,21 @@ def test_verdicts_are_written_and_read_back(tmp_path):
     assert reporting.all_verdicts("demo")["id"].tolist() == ["a", "b", "c", "d"]
 
 
+def test_an_interval_is_shown_with_its_value_and_read_back(tmp_path):
+    shares = {"known": (0.02, 0.21), "unknown": (np.nan, np.nan), "absent": None}
+    found = [
+        reporting.verdict(id, "claim", "share >= 0.1", 0.0667, True, interval=interval)
+        for id, interval in shares.items()
+    ]
+    table = reporting.write_verdicts("11_attack_study", "demo", {}, found)
+    assert table["value"].tolist() == ["0.0667 (0.02 to 0.21)", "0.0667", "0.0667"]
+    shown = [reporting.show_value(row) for row in reporting.all_verdicts("demo").itertuples()]
+    assert shown == table["value"].tolist()
+    text = (tmp_path / "figures" / "demo" / "11_verdicts.json").read_text()
+    assert json.loads(text)["verdicts"][0]["interval"] == [0.02, 0.21]
+    assert text.count("interval") == 1
+
+
 def test_readme_and_verdict_page_are_rewritten(tmp_path):
     reporting.write_verdicts("04_influence", "demo", {}, verdicts())
     (tmp_path / "notebooks").mkdir()
