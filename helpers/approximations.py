@@ -101,7 +101,8 @@ def solve_lissa(
     for _ in range(samples):
         rows = tf.constant(rng.integers(0, objective.n, (depth, drawn)))
         numbers = (tf.constant(float(a), dtype) for a in (damping, scale))
-        total += _lissa(objective, tf.constant(b, dtype), rows, *numbers).numpy() / scale / samples
+        x = _lissa(objective, tf.constant(b, dtype), rows, drawn == 0, *numbers)
+        total += x.numpy() / scale / samples
     if not np.isfinite(total).all():
         raise FloatingPointError(
             f"LiSSA diverged. Either the scale, {scale:.3g}, is below half the largest eigenvalue "
@@ -124,13 +125,12 @@ def _largest_batch_eigenvalue(objective, batch_size, rng, seen):
 
 
 @compiled
-def _lissa(objective, b, rows, damping, scale):
-    """Run the recursion in one `tf.while_loop`: `rows` (depth, batch), a batch of 0 for all."""
-
+def _lissa(objective, b, rows, full_batch, damping, scale):
+    """Run the recursion in one `tf.while_loop`, step j on the examples `rows[j]` or on all."""
     whole = head_operator(objective) if objective.head else hessian_operator(objective)
 
     def step(j, x):
-        product = hessian_operator(objective, rows=rows[j]) if rows.shape[1] else whole
+        product = whole if full_batch else hessian_operator(objective, rows=rows[j])
         return j + 1, b + x - (product(x) + damping * x) / scale
 
     return tf.while_loop(lambda j, x: j < tf.shape(rows)[0], step, (0, b))[1]

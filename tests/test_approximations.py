@@ -43,6 +43,23 @@ def test_lissa_on_batches_comes_near_and_says_how_near(system):
     assert "8 x batch 20" in solution.method
 
 
+def test_lissa_steps_on_the_drawn_batches_whatever_ran_before(system):
+    """One graph once served two kinds of call, and took all examples for a batch of any size."""
+    objective, _, b, _ = system
+    options = {"solver": "lissa", "damping": 0.1, "scale": 60.0, "depth": 40, "rtol": 1e3}
+    x, y = objective.head.phi, objective.head.y.ravel()
+    p = 1 / (1 + np.exp(-x @ objective.theta))
+    for size in (objective.n, 1, 3):
+        found = influence.ihvp(objective, b, batch_size=size, seed=3, **options)
+        draws = np.random.default_rng(3).integers(0, len(y), (40, size))
+        expected = b.copy()
+        for rows in np.arange(len(y))[None].repeat(40, 0) if size == len(y) else draws:
+            phi, a = x[rows], (p * (1 - p))[rows, None]
+            moved = phi.T @ (a * (phi @ expected)) / len(rows) + objective.decay[:, None] * expected
+            expected = b + expected - (moved + 0.1 * expected) / 60
+        assert relative(found.x, expected / 60) <= 1e-10
+
+
 def test_lissa_says_so_when_it_diverges(system):
     objective, _, b, _ = system
     with pytest.raises(FloatingPointError, match="is below half the largest"):
