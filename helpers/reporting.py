@@ -37,8 +37,11 @@ class Verdict(NamedTuple):
 def verdict(id, claim, criterion, value, holds, *, partly=False, interval=None):
     """Return a Verdict: `holds` True, else `partly`; `holds` None means it was not run.
 
-    interval : (low, high) of the value at 95 %, where repetitions or test points give one.
+    value : a number, or what has a `mean` and an `interval`, as `evaluation.mean_of` returns.
+    interval : (low, high) of a number at 95 %, where repetitions or test points give one.
     """
+    if hasattr(value, "interval"):
+        value, interval = value.mean, value.interval
     word = "not run" if holds is None else WORDS[0 if holds else 1 if partly else 2]
     value = None if value is None else float(value)
     known = interval is not None and np.isfinite(interval).all()

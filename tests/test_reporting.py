@@ -45,6 +45,7 @@ def test_verdicts_are_written_and_read_back(tmp_path):
 
 
 def test_an_interval_is_shown_with_its_value_and_read_back(tmp_path):
+    assert reporting.verdict("a", "", "", evaluation.Mean(2, 1), True).interval == [1, 3]
     shares = {"known": (0.02, 0.21), "unknown": (np.nan, np.nan), "absent": None}
     found = [
         reporting.verdict(id, "claim", "share >= 0.1", 0.0667, True, interval=interval)
