@@ -4,7 +4,7 @@ Layers, top to bottom; an import may only point down:
 
     notebook face   runtime, execute, reporting
     studies         attacks, corruptions, evaluation, vehicles
-    mathematics     attribution, influence, retraining, network_retraining, approximations, solvers,
-                    spectrum, curvature, objective, head
+    mathematics     attribution, influence, many_fits, retraining, network_retraining,
+                    approximations, solvers, spectrum, curvature, objective, head
     data            features, backbone, models, datasets, rendering
 """

@@ -15,7 +15,7 @@ import tensorflow as tf
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-from helpers.retraining import Replacements
+from helpers.many_fits import Replacements
 
 
 class Attacks:

@@ -119,6 +119,7 @@ def test_imports_between_helpers_only_point_down():
         {"reporting"},
         {"evaluation"},
         {"attacks", "corruptions", "vehicles"},
+        {"many_fits"},
         {"attribution", "influence", "retraining", "network_retraining"},
         {"approximations"},
         {"solvers"},

@@ -6,7 +6,7 @@ import pytest
 from conftest import SOFTMAX, ridge
 from sklearn.linear_model import LogisticRegression
 
-from helpers import retraining, runtime
+from helpers import many_fits, retraining, runtime
 from helpers.objective import Objective
 
 
@@ -192,7 +192,7 @@ def test_many_fits_equal_one_by_one(name, request):
     rng, k = np.random.default_rng(5), 5
     labels = np.repeat(np.asarray(problem.y)[:, None], k, 1)
     labels[rng.choice(len(labels), 20), rng.integers(0, k, 20)] = 0
-    fits = retraining.fit_many(problem.objective, labels, batch=3, tol=1e-10)
+    fits = many_fits.fit_many(problem.objective, labels, batch=3, tol=1e-10)
     assert fits.gradient_norm.max() <= 1e-10
     for j in range(k):
         model = keras.models.clone_model(problem.model)
@@ -209,20 +209,20 @@ def test_many_fits_with_weights_leave_points_out(binary):
     labels = np.repeat(np.asarray(binary.y)[:, None], 2, 1)
     exact = retraining.Removals(binary.objective).exact([4, 9])
     for start in (None, exact + 0.1):
-        fits = retraining.fit_many(binary.objective, labels, weight=weight, start=start, tol=1e-10)
+        fits = many_fits.fit_many(binary.objective, labels, weight=weight, start=start, tol=1e-10)
         np.testing.assert_allclose(fits.theta, exact, atol=1e-8)
     sparse = np.where(np.random.default_rng(1).random(binary.x.shape) < 0.05, binary.x, 0)
     options = {"weight_decay": 0.01, "decayed": "all"}
     model = keras.models.clone_model(binary.model)
     objective = Objective(model, binary.loss, sparse, binary.y, **options)
     retraining.fit_head(objective)
-    fits = retraining.fit_many(objective, labels, tol=1e-10)
+    fits = many_fits.fit_many(objective, labels, tol=1e-10)
     np.testing.assert_allclose(fits.theta[:, 1], objective.theta, atol=1e-8)
 
 
 def test_many_fits_refuse_what_they_cannot_do(binary):
     with pytest.raises(ValueError, match="rows"):
-        retraining.fit_many(binary.objective, np.zeros((3, 2)))
+        many_fits.fit_many(binary.objective, np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize("name", ["binary", "softmax"])

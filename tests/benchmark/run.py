@@ -175,7 +175,7 @@ def refits(k=64, few=2):
     import tasks
     from sklearn.linear_model import LogisticRegression
 
-    from helpers import evaluation, retraining
+    from helpers import evaluation, many_fits
 
     tasks.keras.config.set_dtype_policy("float64")
     data = tasks.load("t1")
@@ -195,7 +195,7 @@ def refits(k=64, few=2):
         p = 1 / (1 + np.exp(-x @ theta))
         return np.linalg.norm(x.T @ (p - y) / n + wd * theta)
 
-    ours = retraining.fit_many(objective, labels).gradient_norm.max()
+    ours = many_fits.fit_many(objective, labels).gradient_norm.max()
     found = {}
     for solver in ("newton-cg", "newton-cholesky", "lbfgs"):
         reached = {t: norm(fit(solver, t, labels[:, 0]), labels[:, 0]) for t in (1e-8, 1e-9, 1e-10)}
@@ -206,7 +206,7 @@ def refits(k=64, few=2):
                 return [fit(solver, tol, labels[:, j]) for j in range(few)]
 
             ratio = evaluation.time_ratio(
-                lambda: retraining.fit_many(objective, labels), one_by_one, repeats=2
+                lambda: many_fits.fit_many(objective, labels), one_by_one, repeats=2
             )
             name = f"scikit-learn {solver} to {reached[tol]:.0e} / one of {k} fits to {ours:.0e}"
             found[name] = k / few / ratio

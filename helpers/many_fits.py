@@ -1,0 +1,255 @@
+"""Many fits of one convex head at once: other labels, other weights, or a few other features.
+
+Newton's method on every fit, the directions by conjugate gradients on all columns together: a
+product of k columns is one GEMM, where k single fits need k matrix-vector products.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+from tqdm.auto import tqdm
+
+from helpers.head import gemm, gram
+from helpers.retraining import DENSE_FIT, head_of
+from helpers.solvers import Cholesky
+
+TINY = np.finfo(float).tiny
+
+
+class Fits(NamedTuple):
+    """The ends of many fits: theta (p, k), gradient norms (k,), products spent on each (k,)."""
+
+    theta: np.ndarray
+    gradient_norm: np.ndarray
+    products: np.ndarray
+
+
+def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32, max_steps=100):
+    """Return the Fits of an objective's head to k columns of labels at once.
+
+    Newton's method on every column, each with its own Hessian and Armijo step, the directions by
+    conjugate gradients on all columns together: one product of k columns a step, a GEMM where k
+    single fits need k matrix-vector products. Features that are mostly zero are multiplied as
+    sparse ones; others are whitened first (`_Basis`), which takes a fifth of the products.
+
+    labels : (n, k). weight : (n, k), in the place of the head's own, each column averaged over its
+        sum, so that 0 leaves a point out. start : theta (p, k) to begin at, by default zero;
+        neighbouring fits of a path are good ones. batch : columns that work together.
+    """
+    head, (n, k) = head_of(objective), np.shape(labels)
+    if n != head.n:
+        raise ValueError(f"labels has {n} rows, the objective {head.n} examples.")
+    if not (head.decay > 0).all():
+        raise ValueError("Fits by conjugate gradients need a weight decay on every parameter.")
+    labels = np.asarray(labels, head.y.dtype)
+    theta = np.zeros((len(head.decay), k)) if start is None else np.array(start, np.float64)
+    share = np.repeat(head.weight[:, None], k, 1) / n if weight is None else weight / weight.sum(0)
+    norms, products = np.zeros(k), np.zeros(k, int)
+    basis = _basis(head, labels, share, theta)
+    bar = tqdm(range(0, k, batch), desc="fits", unit="batch", leave=False)
+    for part in (slice(first, first + batch) for first in bar):
+        columns = _Columns(head, basis, labels[:, part], share[:, part])
+        theta[:, part], norms[part], products[part] = columns.fit(theta[:, part], tol, max_steps)
+    return Fits(theta, norms, products)
+
+
+class _Basis(NamedTuple):
+    """Coordinates u of theta in which conjugate gradients work, and the features psi in them.
+
+    Plain: u = theta. Whitened: theta = L^-T u with L L' = phi' diag(pull) phi + decay I, where
+    `pull` (n,) is the mean curvature of the columns at their start. There decay theta'theta =
+    u'u - sum_i pull_i o_i^2, so a Hessian is the identity plus what its curvature differs by.
+    """
+
+    psi: np.ndarray | scipy.sparse.csr_array
+    psi_t: np.ndarray | scipy.sparse.csr_array
+    decay: np.ndarray
+    pull: np.ndarray
+    factor: Cholesky | None
+
+    def enter(self, theta):
+        return self._turned(theta, "transposed_product")
+
+    def leave(self, u):
+        return self._turned(u, "unwhiten")
+
+    def gradient(self, g):
+        return self._turned(g, "product")
+
+    def _turned(self, columns, how):
+        if self.factor is None:
+            return columns
+        wide = columns.reshape(self.psi.shape[1], -1)
+        return getattr(self.factor, how)(wide).reshape(columns.shape)
+
+
+def _basis(head, labels, share, theta):
+    phi, decay, none = head.phi, head.decay.reshape(head.d, head.c), np.zeros(head.n)
+    if np.count_nonzero(phi) < 0.1 * phi.size:
+        phi = scipy.sparse.csr_array(phi)
+        return _Basis(phi, phi.T.tocsr(), head.decay, none, None)
+    if head.d > DENSE_FIT or np.ptp(decay, axis=1).any():
+        return _Basis(phi, phi.T, head.decay, none, None)
+    some = slice(None, None, -(-labels.shape[1] // 32))
+    plain = _Basis(phi, phi.T, head.decay, none, None)
+    return _whitened(head, plain, labels[:, some], share[:, some], theta[:, some])
+
+
+def _whitened(head, plain, labels, share, theta):
+    columns = _Columns(head, plain, labels, share)
+    a = columns.curvatures(columns.outputs(theta))
+    pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
+    matrix = gram(plain.psi, pull)
+    matrix[np.diag_indices_from(matrix)] += head.decay[:: head.c]
+    factor = Cholesky(matrix)
+    psi = np.ascontiguousarray(factor.whiten(plain.psi.T).T)
+    return _Basis(psi, psi.T, np.ones(len(theta)), pull, factor)
+
+
+class _Columns:
+    """A head with labels (n, k) and shares (n, k) of its own in each of k columns."""
+
+    def __init__(self, head, basis, labels, share):
+        self.head, self.basis, self.labels, self.share = head, basis, labels, share
+
+    def _take(self, columns):
+        return _Columns(self.head, self.basis, self.labels[:, columns], self.share[:, columns])
+
+    def _each(self, function, outputs):
+        """Return function(y, outputs) (n, ..., k) at the columns' own labels."""
+        n, c, k = outputs.shape
+        values = function(self.labels.ravel(), np.moveaxis(outputs, 2, 1).reshape(n * k, c))
+        return np.moveaxis(values.reshape(n, k, *values.shape[1:]), 1, -1)
+
+    def curvatures(self, outputs):
+        return self._each(self.head.curvatures, outputs) * self.share[:, None, None]
+
+    def outputs(self, u):
+        (n, d), k = self.basis.psi.shape, u.shape[1]
+        return _product(self.basis.psi, u.reshape(d, -1)).reshape(n, self.head.c, k)
+
+    def _back(self, moved, u, outputs):
+        """Return psi' (moved - pull outputs) + decay u, (p, k)."""
+        if self.basis.factor is not None:
+            moved = moved - self.basis.pull[:, None, None] * outputs
+        data = _product(self.basis.psi_t, moved.reshape(len(moved), -1)).reshape(u.shape)
+        data += self.basis.decay[:, None] * u
+        return data
+
+    def _loss(self, u, outputs):
+        data = (self.share * self._each(self.head.losses, outputs)).sum(0)
+        pulled = self.basis.pull @ (outputs**2).sum(1) if self.basis.factor is not None else 0
+        return data + 0.5 * (self.basis.decay @ u**2 - pulled)
+
+    def fit(self, theta, tol, max_steps):
+        """Return theta, gradient norms and products of Newton's method on every column."""
+        u, products = self.basis.enter(theta).copy(), np.zeros(theta.shape[1], int)
+        outputs = self.outputs(u)
+        loss = self._loss(u, outputs)
+        for _ in range(max_steps):
+            residual = self._each(self.head.residuals, outputs) * self.share[:, None]
+            gradient = self._back(residual, u, outputs)
+            norms = np.linalg.norm(self.basis.gradient(gradient), axis=0)
+            left = np.flatnonzero(norms > tol)
+            if not len(left):
+                break
+            some, g = self._take(left), gradient[:, left]
+            rtol = np.minimum(0.1, np.sqrt(np.linalg.norm(g, axis=0)))
+            direction, moved, spent = some.solve(outputs[..., left], g, rtol)
+            length = some._armijo(u, outputs, loss, left, direction, moved, g)
+            u[:, left] -= length * direction
+            outputs[..., left] -= length * moved
+            loss[left] = some._loss(u[:, left], outputs[..., left])
+            products[left] += spent
+        return self.basis.leave(u), norms, products
+
+    def solve(self, outputs, gradient, rtol):
+        """Return H_k^-1 g_k by conjugate gradients, its outputs (n, C, k), and the products."""
+        a, norms = self.curvatures(outputs), np.linalg.norm(gradient, axis=0)
+        direction, moved = np.zeros_like(gradient), np.zeros_like(outputs)
+        stop, spent = rtol * norms, np.zeros(len(norms), int)
+        at = np.arange(len(norms))  # the columns at work: now and then the finished ones leave
+        x, out, r, d = direction.copy(), moved.copy(), gradient.copy(), gradient.copy()
+        rr = (r * r).sum(0)
+        while True:
+            live = (np.sqrt(rr) > stop[at]) & (spent[at] < 1000)
+            if live.sum() <= 0.75 * len(at):
+                direction[:, at], moved[..., at] = x, out
+                at, rr = at[live], rr[live]
+                if not len(at):
+                    return direction, moved, spent
+                x, out, r, d, a = (v[..., live] for v in (x, out, r, d, a))
+                continue
+            spent[at] += live
+            od = self.outputs(d)
+            bent = a[:, 0] * od if self.head.c == 1 else np.einsum("nabk,nbk->nak", a, od)
+            hd = self._back(bent, d, od)
+            alpha = np.where(live, rr, 0) / np.maximum((d * hd).sum(0), TINY)
+            x += alpha * d
+            out += alpha * od
+            r -= alpha * hd
+            new = (r * r).sum(0)
+            d *= new / np.maximum(rr, TINY)
+            d += r
+            rr = new
+
+    def _armijo(self, u, outputs, loss, left, direction, moved, gradient):
+        """Return the length (k,) of each column's step: halved until its loss falls enough."""
+        decrease, length = (gradient * direction).sum(0), np.ones(len(left))
+        for _ in range(40):
+            trial = u[:, left] - length * direction
+            value = self._loss(trial, outputs[..., left] - length * moved)
+            short = (value > loss[left] - 1e-4 * length * decrease) & (decrease > 1e-14)
+            if not short.any():
+                break
+            length[short] /= 2
+        return length
+
+
+class Replacements:
+    """Refits of a fitted head after some training points got other features, many at once.
+
+    In each of k refits points of its own have new features; labels stay. What all refits share is
+    kept: the features in the coordinates that whiten the clean Hessian, where every refit's Hessian
+    is the identity but for its own few points and for the change of curvature.
+    """
+
+    def __init__(self, objective):
+        head, self.theta = head_of(objective), objective.theta
+        if head.d > DENSE_FIT or head.c > 1:
+            raise ValueError(f"Replacements need one output and at most {DENSE_FIT} features.")
+        self.head, self.share = head, head.weight / head.n
+        one = head.y.reshape(-1, 1), self.share[:, None], self.theta[:, None]
+        plain = _Basis(head.phi, head.phi.T, head.decay, np.zeros(head.n), None)
+        self.basis = _whitened(head, plain, *one)
+
+    def fit(self, rows, owner, phi, *, start=None, tol=1e-10):
+        """Return the Fits of k = max(owner) + 1 refits, and solve(g, rtol) -> H_k^-1 g_k, (p, k).
+
+        Training point rows[j] has the features phi[j] in refit owner[j]: rows, owner (K,), phi
+        (K, d). start : theta (p, k) to begin at, by default the clean fit's.
+        """
+        head, k = self.head, int(np.max(owner)) + 1
+        labels = np.repeat(np.concatenate([head.y.ravel(), head.y.ravel()[rows]])[:, None], k, 1)
+        share = np.repeat(self.share[:, None], k, 1)
+        share[rows, owner] = 0
+        own = np.zeros((len(rows), k))
+        own[np.arange(len(rows)), owner] = self.share[rows]
+        psi = np.concatenate([self.basis.psi, self.basis.factor.whiten(phi.T).T])
+        pull = np.concatenate([self.basis.pull, np.zeros(len(rows))])
+        basis = self.basis._replace(psi=psi, psi_t=psi.T, pull=pull)
+        columns = _Columns(head, basis, labels, np.concatenate([share, own]))
+        begin = np.repeat(self.theta[:, None], k, 1) if start is None else start
+        fits = Fits(*columns.fit(begin, tol, 100))
+
+        def solve(g, rtol=1e-6):
+            outputs = columns.outputs(basis.enter(fits.theta))
+            white = basis.factor.whiten(g)
+            return basis.leave(columns.solve(outputs, white, rtol)[0])
+
+        return fits, solve
+
+
+def _product(matrix, columns):
+    return matrix @ columns if scipy.sparse.issparse(matrix) else gemm(matrix, columns)
