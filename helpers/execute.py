@@ -147,7 +147,8 @@ def run_profile(profile, names, *, in_place=False):
     if profile != "demo":
         overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text()) or {}
         print(f"data root: {data_root()}")
-    every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    found = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    every = [p for p in found if not p.stem.endswith(".partial")]  # left by a run cut off
     chosen = [p for p in every if not names or any(p.stem.startswith(n) for n in names)]
     unknown = set(overrides) - {p.stem for p in every}
     if unknown or not chosen:

@@ -96,6 +96,7 @@ def test_a_failed_run_leaves_no_done_file(tmp_path):
 def test_the_command_line_stops_at_the_first_failure(tmp_path, monkeypatch, capsys):
     (tmp_path / "notebooks").mkdir()
     write(tmp_path / "notebooks" / "00_a.ipynb", "raise RuntimeError('no data')")
+    write(tmp_path / "notebooks" / "00_a.partial.ipynb", "print(0)")  # not one to run
     write(tmp_path / "notebooks" / "01_b.ipynb", "print(1)")
     monkeypatch.setattr(execute, "ROOT", tmp_path)
     monkeypatch.setattr(execute, "folder", lambda *parts: _made(tmp_path.joinpath(*parts)))
@@ -103,6 +104,7 @@ def test_the_command_line_stops_at_the_first_failure(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "RuntimeError: no data" in printed
     assert "01_b" not in printed
+    assert "00_a.partial " not in printed
 
 
 def _made(path):
