@@ -292,32 +292,42 @@ def gradient_dots(objective, vectors):
     never n gradients. Many columns: per-example gradients a batch at a time and a GEMM, which pays
     from a few columns on where XLA makes those gradients cheap.
     """
+    return np.concatenate(list(blocks_of_dots(objective, vectors)), axis=1)
+
+
+def blocks_of_dots(objective, vectors):
+    """Yield `gradient_dots` in blocks (k, b) of consecutive examples."""
     vectors = np.asarray(vectors, np.float64)
-    head = objective.head
-    if head:
-        r = head.residuals(head.y, head.outputs(head.phi, objective.theta)) * head.weight[:, None]
-        width = max(1, int(objective.memory_budget // (8 * head.n * head.c)))
-        chunks = range(0, vectors.shape[1], width)
-        return np.concatenate([_head_dots(head, r, vectors[:, j : j + width]) for j in chunks])
+    if objective.head:
+        theta = objective.theta
+        yield from (_head_dots(block, theta, vectors) for block in objective.head.blocks())
+        return
     columns = tf.constant(vectors, objective.dtype)
     if objective.strategy is not None:
-        return _dots_of_shares(objective, columns).numpy().T.astype(np.float64)
-    parts = []
+        yield _dots_of_shares(objective, columns).numpy().T.astype(np.float64)
+        return
     k, vectorisable = vectors.shape[1], is_vectorisable(objective)
     many = vectorisable and k > (4 if has_convolution(objective) else 64)
     rows = _rows_at_once(objective) if many else objective.rows_for(k if vectorisable else 1)
     for x, y, weight in objective.batches(rows):
         if many:
             gradients = _loss_gradients(objective, x, y)
-            parts.append((gradients @ columns.numpy()).T * weight.numpy())
+            dots = (gradients @ columns.numpy()).T * weight.numpy()
         else:
-            parts.append(_double_vjp_dots(objective, x, y, weight, columns).numpy())
-    return np.concatenate(parts, axis=1).astype(np.float64)
+            dots = _double_vjp_dots(objective, x, y, weight, columns).numpy()
+        yield dots.astype(np.float64)
 
 
-def _head_dots(head, residuals, vectors):
-    moved = gemm(head.phi, vectors.reshape(head.d, -1)).reshape(head.n, head.c, -1)
-    if head.c == 1:
+def _head_dots(head, theta, vectors):
+    r = head.residuals(head.y, head.outputs(head.phi, theta)) * head.weight[:, None]
+    width = max(1, int(head.objective.memory_budget // (8 * r.size)))
+    chunks = range(0, vectors.shape[1], width)
+    return np.concatenate([_dots(head.phi, r, vectors[:, j : j + width]) for j in chunks])
+
+
+def _dots(phi, residuals, vectors):
+    moved = gemm(phi, vectors.reshape(phi.shape[1], -1)).reshape(*residuals.shape, -1)
+    if residuals.shape[1] == 1:
         return moved[:, 0].T * residuals[:, 0]
     return np.einsum("nc,nck->kn", residuals, moved)
 

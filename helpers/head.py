@@ -9,9 +9,13 @@ exactly, for any loss and any frozen network below. Everything is float64, whate
 Shapes: n examples, d features (one more with a bias), C outputs, p = d C parameters, k columns.
 """
 
+from functools import reduce
+from operator import iadd
+
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm.auto import tqdm
 
 ON_GPU = bool(tf.config.list_physical_devices("GPU"))
 
@@ -44,15 +48,21 @@ class Head:
         if dense.input is not objective.model.inputs[0]:
             self._body = keras.Model(objective.model.inputs, dense.input)
         self.c = dense.units
-        batches = [(self._features(x), y.numpy(), w.numpy()) for x, y, w in objective.batches()]
-        phi, y, weight = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-        self.phi, self.y, self.weight = phi, y, weight.astype(np.float64)
+        self._hold()
+
+    def _hold(self):
+        """Keep the features, labels and weights of all examples."""
+        parts = zip(*self._read(), strict=True)
+        self.phi, self.y, self.weight = (np.concatenate(part) for part in parts)
         # made outside every graph, so that graphs capture and do not copy them
-        self.tensors = tf.constant(phi), tf.constant(y), tf.constant(self.weight)
+        self.tensors = tf.constant(self.phi), tf.constant(self.y), tf.constant(self.weight)
 
     @classmethod
     def of(cls, objective):
-        """Return the head of an objective, or None where its parameters are not one."""
+        """Return the head of an objective, or None where its parameters are not one.
+
+        A StreamedHead for data on disk whose features would not fit the memory budget.
+        """
         layers = [
             la
             for la in objective.model._flatten_layers(include_self=False)
@@ -67,7 +77,13 @@ class Head:
             last = objective.model.outputs[0] is dense.output and len(dense.input.shape) == 2
         except AttributeError:  # a subclassed model has no symbolic outputs
             return None
-        return cls(objective, dense) if last else None
+        large = 8 * objective.n * dense.kernel.shape[0] > objective.memory_budget
+        kind = StreamedHead if large and not objective.in_memory else cls
+        return kind(objective, dense) if last else None
+
+    def blocks(self):
+        """Yield this head once for each block of training examples that it holds at a time."""
+        yield self
 
     def relabel(self, y):
         """Give the examples other labels (n,), shaped and typed like their own.
@@ -79,7 +95,20 @@ class Head:
 
     @property
     def d(self):
-        return self.phi.shape[1]
+        return len(self.decay) // self.c
+
+    def _read(self):
+        """Yield the features, labels and weights of each batch of training examples."""
+        start = 0
+        for x, y, weight in self.objective.batches():
+            part = self._features(x), y.numpy(), weight.numpy().astype(np.float64)
+            stop = start + len(part[1])
+            if not all(np.isfinite(a).all() for a in part):
+                raise ValueError(
+                    f"Examples {start} to {stop - 1}, or their features, hold NaN or infinity."
+                )
+            yield part
+            start = stop
 
     def _features(self, x):
         phi = x if self._body is None else self._body(x, training=False)
@@ -180,3 +209,58 @@ class Head:
 
     def _share(self, weight, n):
         return (self.weight if weight is None else weight) / (n or self.n)
+
+
+class StreamedHead(Head):
+    """A head whose examples are read block by block: memory grows with p^2 and not with n.
+
+    H, the gradient and the loss are sums over blocks, each of which carries its share of the weight
+    decay; a block is a batch of the objective. What picks single examples needs a `Head`.
+    """
+
+    def _hold(self):
+        """Keep no example: `blocks` reads them."""
+
+    def blocks(self):
+        """Yield this head with the features, labels, weights and decay of each block in turn."""
+        whole = self.decay
+        try:
+            with tqdm(total=self.n, desc="examples", leave=False, unit_scale=True) as bar:
+                for part in self._read():
+                    self.phi, self.y, self.weight = part
+                    self.decay = whole * (len(self.y) / self.n)
+                    yield self
+                    bar.update(len(self.y))
+        finally:
+            self.decay = whole
+            for name in ("phi", "y", "weight"):
+                self.__dict__.pop(name, None)
+
+    def __getattr__(self, name):
+        if name not in ("phi", "y", "weight", "tensors"):
+            raise AttributeError(name)
+        size, budget = 8e-9 * self.n * self.d, 1e-9 * self.objective.memory_budget
+        raise ValueError(
+            f"This needs all features in memory, {size:.1f} GB, and the objective's memory_budget "
+            f"is {budget:.1f}: raise it. Streamed are fit_head, s_test (with a number for damping "
+            "where a parameter does not decay) by Cholesky, and influences."
+        )
+
+    def _sum(self, method, *arguments):
+        return reduce(iadd, (method(block, *arguments) for block in self.blocks()))
+
+    def hessian(self, theta):
+        """Return H of the whole objective at theta, (p, p), in one pass over the examples."""
+        return self._sum(Head.hessian, theta)
+
+    def product(self, theta):
+        """Return v (p,) -> H v at theta: a pass over the examples each time."""
+        return lambda v: self._sum(lambda block: Head.product(block, theta)(v))
+
+    def gradient(self, theta):
+        """Return the gradient of the whole objective at theta, (p,)."""
+        return self._sum(Head.gradient, theta)
+
+    def loss(self, theta):
+        """Return the training loss at theta, the regulariser included."""
+        return self._sum(Head.loss, theta)

@@ -5,6 +5,7 @@ point is helpful. `influence_on_loss` is Koh & Liang's I_up,loss = -n times that
 """
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -16,10 +17,10 @@ from helpers.approximations import (
     solve_low_rank,
 )
 from helpers.curvature import (
+    blocks_of_dots,
     compiled,
     dense_gauss_newton,
     dense_hessian,
-    gradient_dots,
     hessian_operator,
     is_vectorisable,
     per_example_gradients,
@@ -142,19 +143,78 @@ def _warn_of_zeros(norms, dtype):
         )
 
 
-def predicted_loss_change(objective, s):
+def predicted_loss_change(objective, s, *, out=None):
     """Return the predicted change of every test loss if a training point is removed, (m, n) nats.
 
     +(1/n) s_j . (w_i grad loss(z_i) + decay * theta): Koh & Liang 2017, equation 2, for removal.
     A removed point takes its share of the regulariser along, so each row sums to n s . grad L,
-    zero at the optimum. `s`: what `s_test` returned, or an array (p,) or (p, m).
+    zero at the optimum.
+
+    s : what `s_test` returned, or an array (p,) or (p, m).
+    out : array (m, n) to write to, block by block: `np.lib.format.open_memmap` makes one on disk.
     """
+    shape, start = (_columns(objective, s).shape[1], objective.n), 0
+    out = np.empty(shape) if out is None else out
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, the influences {shape}.")
+    for block in _blocks_of_changes(objective, s):
+        out[:, start : start + block.shape[1]] = block
+        start += block.shape[1]
+    return out
+
+
+def _blocks_of_changes(objective, s):
+    """Yield `predicted_loss_change` in blocks (m, b) of consecutive training points."""
+    s = _columns(objective, s)
+    share = (objective.decay * objective.theta @ s)[:, None]
+    for block in blocks_of_dots(objective, s):
+        block += share
+        block /= objective.n
+        yield block
+
+
+def _columns(objective, s):
+    """Return s as columns (p, m)."""
     s = s.x if isinstance(s, Solution) else np.asarray(s)
-    s = s[:, None] if s.ndim == 1 else s
-    changes = gradient_dots(objective, s)
-    changes += (objective.decay * objective.theta @ s)[:, None]
-    changes /= objective.n
-    return changes
+    if s.ndim > 2 or len(s) != objective.p:
+        raise ValueError(f"s has shape {s.shape}, the objective {objective.p} parameters.")
+    return s[:, None] if s.ndim == 1 else s
+
+
+class Extremes(NamedTuple):
+    """The k most helpful and most harmful training points of each test point, strongest first.
+
+    helpful, harmful : (m, k) numbers of training points; helpful_change, harmful_change : (m, k)
+    their `predicted_loss_change`, in nats.
+    """
+
+    helpful: np.ndarray
+    helpful_change: np.ndarray
+    harmful: np.ndarray
+    harmful_change: np.ndarray
+
+
+def most_influential(objective, s, k):
+    """Return the Extremes of `predicted_loss_change`, in one pass and without its matrix.
+
+    Of equal changes the earlier training point comes first. s : as there.
+    """
+    if not 1 <= k <= objective.n:
+        raise ValueError(f"k must be from 1 to n = {objective.n}, got {k}.")
+    found = {1: [], -1: []}
+    start = 0
+    for block in _blocks_of_changes(objective, s):
+        ids = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
+        found = {sign: [_first([*best, (ids, block)], sign, k)] for sign, best in found.items()}
+        start += block.shape[1]
+    return Extremes(*found[1][0], *found[-1][0])
+
+
+def _first(parts, sign, k):
+    """Return the k first of the (ids, changes) of parts, ordered by sign * change from the top."""
+    ids, changes = (np.hstack(part) for part in zip(*parts, strict=True))
+    order = np.argsort(-sign * changes, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(changes, order, 1)
 
 
 def influence_on_loss(objective, s):

@@ -33,8 +33,8 @@ class Objective:
         batch normalisation uses its moving statistics.
     loss : keras.losses.Loss, name, or callable (y_true, y_pred) -> (b,); optional
         One value an example, in nats for cross-entropies. None takes the compiled loss.
-    x, y : arrays (n, ...), lists or dicts of arrays; or x = tf.data.Dataset of (x, y[, weight])
-        batches and y = None.
+    x, y : arrays (n, ...), lists or dicts of arrays, read in batches where they lie on disk (a
+        np.memmap, Zarr or HDF5); or x = tf.data.Dataset of (x, y[, weight]) batches and y = None.
     weight_decay : float, optional
         wd of (wd/2)||theta_decayed||^2. None takes the model's own L2 regularisers
         (Keras' `l2(c)` is wd = 2c); giving both is refused, since they would count twice.
@@ -107,7 +107,7 @@ class Objective:
             self.batch_size = min(self.n, batch_size or affordable)
             weight = np.ones(self.n) if sample_weight is None else sample_weight
             _check_numbers(x, y, weight)
-            if any(isinstance(a, np.memmap) for a in keras.tree.flatten(x)):
+            if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
                 self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
                 self._data = None
             else:
@@ -263,9 +263,15 @@ class Objective:
     def head(self):
         """The closed forms of a last Dense layer (`helpers.head`), or None for other parameters.
 
-        The layers below are taken as they are at the first use.
+        The layers below are taken as they are at the first use. Data on disk whose features would
+        exceed the memory budget are read block by block (`head.StreamedHead`).
         """
         return Head.of(self)
+
+    @property
+    def in_memory(self):
+        """Whether the training data are tensors in memory, and not read from disk."""
+        return self._dataset is None
 
     def flatten(self, tensors):
         """Return a list shaped like the variables as one vector (p,); None counts as zero."""
@@ -408,8 +414,13 @@ def exact_moments():
 # -------------------------------------------------------------------- what a model brings along
 
 
+def _is_on_disk(array):
+    """Return whether an array is read in parts: a memory map, or chunks as in Zarr and HDF5."""
+    return isinstance(array, np.memmap) or hasattr(array, "chunks")
+
+
 def _stream(x, y, weight, batch_size):
-    """Return a data set that reads memory-mapped arrays batch by batch."""
+    """Return a data set that reads arrays on disk batch by batch."""
     flat = [*keras.tree.flatten(x), np.asarray(y), np.asarray(weight)]
 
     def read(start):
@@ -432,7 +443,7 @@ def _check_numbers(x, y, weight):
             "The labels are text: number them, as np.unique(y, return_inverse=True)[1]."
         )
     for values in (*keras.tree.flatten(x), y, weight):
-        if isinstance(values, np.memmap):
+        if _is_on_disk(values):
             continue
         values = np.asarray(values)
         bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)

@@ -120,8 +120,8 @@ def choose_damping(objective, *, steps=40, seed=0):
 
 def _is_convex(head, theta):
     """Return whether the loss of every training example bends upwards in the outputs."""
-    a = head.curvatures(head.y, head.outputs(head.phi, theta))
-    return np.linalg.eigvalsh(a).min() >= -1e-12
+    blocks = (head.curvatures(b.y, b.outputs(b.phi, theta)) for b in head.blocks())
+    return all(np.linalg.eigvalsh(a).min() >= -1e-12 for a in blocks)
 
 
 def estimate_cost(objective, columns, *, steps=50):
