@@ -2,7 +2,7 @@
 
 Layers, top to bottom; an import may only point down:
 
-    notebook face   runtime, execute, reporting
+    notebook face   runtime, cluster, execute, reporting
     studies         attacks, corruptions, evaluation, vehicles
     mathematics     attribution, influence, many_fits, retraining, network_retraining,
                     approximations, solvers, spectrum, curvature, objective, head

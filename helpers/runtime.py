@@ -79,8 +79,13 @@ def data_root():
 
 
 def folder(*parts):
-    """Return ROOT/parts as a folder that exists and can be written to."""
+    """Return ROOT/parts as a folder that exists and can be written to.
+
+    `THESIS_FIGURES` stands for ROOT/figures, so that two runs do not overwrite each other's.
+    """
     path = ROOT.joinpath(*parts)
+    if parts[0] == "figures":
+        path = Path(os.environ.get("THESIS_FIGURES", ROOT / "figures")).joinpath(*parts[1:])
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):

@@ -115,6 +115,7 @@ def test_readme_and_verdict_pages_are_those_of_the_committed_verdicts():
 
 def test_imports_between_helpers_only_point_down():
     layers = [
+        {"cluster"},
         {"execute"},
         {"reporting"},
         {"evaluation"},

@@ -1,0 +1,73 @@
+"""Independent work on many machines: refits, seeds, attacks, and notebooks with other parameters.
+
+`distributed` (Dask) hands out the tasks, tries again what failed and replaces workers that died.
+A task that keeps what it has finished (`runtime.checkpoint`, a finished notebook) loses nothing.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from helpers import execute
+
+
+def connect(scheduler=None):
+    """Return a client of the scheduler at an address, by default of a cluster on this machine.
+
+    The latter has one process a core and one thread a process, and ends with the client. Workers
+    elsewhere are started in a copy of this project: `.venv/bin/dask worker ADDRESS --nthreads 1`.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError("Work on a cluster needs Dask: pip install distributed") from error
+    if scheduler is not None:
+        return Client(scheduler, timeout=10)
+    return Client(n_workers=os.cpu_count(), threads_per_worker=1, dashboard_address=None)
+
+
+def spread(client, function, pieces, *, retries=2, description="tasks"):
+    """Return [function(piece) for piece in pieces], each piece a task, with a progress bar.
+
+    A task that raises is tried again `retries` times; then its error is raised here and the others
+    are cancelled. `function` travels by value: let it build the objective it works on.
+    """
+    from distributed import as_completed
+
+    futures = client.map(function, pieces, retries=retries, pure=False)
+    bar = tqdm(as_completed(futures), description, len(futures), unit="task", leave=False)
+    try:
+        found = {future.key: future.result() for future in bar}
+    finally:
+        client.cancel(futures)
+    return [found[future.key] for future in futures]
+
+
+def sweep(client, notebook, settings, folder):
+    """Run a notebook once with each dict of parameters; return the paths of the executed ones.
+
+    NAME-CHECKSUM.ipynb stands for a notebook and its parameters: one that is there is not run
+    again. Its figures and verdicts go to the folder of the same name, NAME-CHECKSUM/.
+    """
+    source, folder = Path(notebook).resolve(), Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for parameters in settings:
+        text = source.read_bytes() + json.dumps(parameters, sort_keys=True).encode()
+        name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:12]}.ipynb"
+        jobs.append((source, folder / name, parameters))
+    left = [job for job in jobs if not job[1].exists()]
+    spread(client, _run, left, description=source.stem)
+    return [target for _, target, _ in jobs]
+
+
+def _run(job):
+    source, target, parameters = job
+    os.environ["THESIS_FIGURES"] = str(target.with_suffix(""))
+    try:
+        execute.run(source, target, parameters)
+    finally:
+        del os.environ["THESIS_FIGURES"]
