@@ -16,7 +16,7 @@ export KERAS_HOME
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark peers
+.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark crosscheck peers
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -69,6 +69,9 @@ backbone: .venv/ready  ## train the demo's feature network again
 
 benchmark: .venv/ready  ## cost and error of our influence beside NumPy and the naive way (half an hour)
 	$(BIN)/python tests/benchmark/run.py $(if $(wildcard .peers-venv/ready),--peers .peers-venv/bin/python)
+
+crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside dattri's and kronfluence's
+	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python
 
 peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
 
