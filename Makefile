@@ -16,7 +16,8 @@ export KERAS_HOME
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling peers
+.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
+  crosscheck peers
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -41,8 +42,14 @@ thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
 test: .venv/ready  ## unit tests, notebook hygiene, and every notebook against its stored outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
-	TQDM_DISABLE=1 $(BIN)/python -m pytest notebooks --nbval --nbval-current-env \
-	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=180
+	TQDM_DISABLE=1 $(BIN)/python -m pytest $(NBVAL) $(FIRST)
+	TQDM_DISABLE=1 $(BIN)/python -m pytest $(NBVAL) $(filter-out $(FIRST),$(wildcard notebooks/[0-9]*.ipynb)) \
+	  --numprocesses 2 --dist loadfile
+
+# These write what the others read; the others are compared two at a time.
+FIRST := $(wildcard notebooks/0[012]_*.ipynb)
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 \
+  --nbval-kernel-startup-timeout=180
 
 lab: .venv/ready  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -72,6 +79,9 @@ benchmark: .venv/ready  ## cost and error of our influence beside NumPy and the 
 
 scaling: .venv/ready  ## seconds and memory against n, to a million rows on disk (8 GB, half an hour)
 	$(BIN)/python tests/benchmark/scaling.py
+
+crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside dattri's and kronfluence's
+	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python
 
 peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
 

@@ -4,9 +4,11 @@ Their conjugate gradients get the number of steps at which exact CG reaches a re
 1e-3 on the task. None of them carries the regulariser's share; it is left out of their reference.
 """
 
+import itertools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 
@@ -40,38 +42,42 @@ class Binary(nn.Module):
         return torch.cat([torch.zeros_like(z), z], -1)
 
 
-def build(task, data):
-    """Return the model with the stored weights, and the tensors of the task."""
+def network(task):
+    """Return the PyTorch model of a task."""
     if task == "t1":
-        model, x, xt = Binary(2048), data["x_train"], data["x_test"]
-    elif task == "t3":
+        return Binary(2048)
+    if task == "t3":
         parts = [nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)]
         parts = [m for part in parts for m in (part, nn.Tanh())]
-        model = nn.Sequential(*parts, nn.Conv2d(8, 10, 1), Mean())
-        x, xt = (data[k].transpose(0, 3, 1, 2).copy() for k in ("x_train", "x_test"))
-    else:
-        model = nn.Sequential(
-            *(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 10))
-        )
-        x, xt = data["x_train"], data["x_test"]
-    theta = data["theta"].astype(np.float32)
+        return nn.Sequential(*parts, nn.Conv2d(8, 10, 1), Mean())
+    widths = {"t4": (64, 300, 300, 10), "softmax": (64, 10), "mlp": (64, 16, 10)}[task]
+    parts = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*parts[:-1])
+
+
+def build(task, data, dtype):
+    """Return the model with the stored weights, and the tensors of the task."""
+    model = network(task).to(dtype)
+    theta = data["theta"]
     for parameter in model.parameters():  # Keras' order of axes is the reverse of PyTorch's
         shape = tuple(parameter.shape)
         keras_shape = (shape[2], shape[3], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
         part, theta = np.split(theta, [parameter.numel()])
         axes = (3, 2, 0, 1) if len(shape) == 4 else tuple(range(len(shape)))[::-1]
-        parameter.data = torch.tensor(part.reshape(keras_shape).transpose(axes).copy())
+        parameter.data = torch.tensor(part.reshape(keras_shape).transpose(axes).copy(), dtype=dtype)
     model.eval()
+    x, xt = (torch.tensor(data[k], dtype=dtype) for k in ("x_train", "x_test"))
+    x, xt = (a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for a in (x, xt))
     y, yt = (torch.tensor(data[k]).long() for k in ("y_train", "y_test"))
-    return model, torch.tensor(x), y, torch.tensor(xt), yt
+    return model, x, y, xt, yt
 
 
-def prepare(method, task, data):
+def prepare(method, task, data, dtype=torch.float32):
     """Return a callable () -> predicted loss changes (m, n), and its settings in words."""
     library, kind = method.split()
-    model, x, y, xt, yt = build(task, data)
+    model, x, y, xt, yt = build(task, data, dtype)
     ridge = float(data["weight_decay"]) + float(data["damping"])
-    steps = int(data["cg_steps"])
+    steps = int(data.get("cg_steps", 0))
     function = {"dattri": dattri, "pyDVL": pydvl, "captum": captum, "kronfluence": kronfluence}
     scores, settings = function[library](kind, model, x, y, xt, yt, ridge, steps)
     return lambda: scores().astype(np.float64) / len(x), settings
@@ -155,14 +161,26 @@ def kronfluence(kind, model, x, y, xt, yt, ridge, steps):
                 with torch.no_grad():
                     probabilities = functional.softmax(outputs.detach(), -1)
                     labels = torch.multinomial(probabilities, 1).flatten()
-            return functional.cross_entropy(outputs, labels, reduction="sum")
+            return (batch[2] * functional.cross_entropy(outputs, labels, reduction="none")).sum()
 
         def compute_measurement(self, batch, model):
             return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
+    every = kind == "every-label"
+    one, classes = torch.ones(len(x), dtype=x.dtype), model(xt).shape[-1]
+    train, test, fitted = TensorDataset(x, y, one), TensorDataset(xt, yt, one[: len(xt)]), None
+    if every:  # each example once a label, its loss times sqrt(C p): the Fisher without sampling
+        root = (classes * functional.softmax(model(x).detach(), -1)).sqrt().flatten()
+        labels = torch.arange(classes).repeat(len(x))
+        fitted = TensorDataset(x.repeat_interleave(classes, 0), labels, root)
     task = Loss()
     model = prepare_model(model, task)
-    train, test = TensorDataset(x, y), TensorDataset(xt, yt)
+    names = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+    factors = FactorArguments(
+        strategy="ekfac", use_empirical_fisher=every, **{f"{n}_dtype": x.dtype for n in names}
+    )
+    names = ("per_sample_gradient", "precondition", "score")
+    options = {f"{n}_dtype": x.dtype for n in names}
 
     def run():
         folder = tempfile.mkdtemp()
@@ -172,16 +190,23 @@ def kronfluence(kind, model, x, y, xt, yt, ridge, steps):
                 output_dir=folder, log_level=logging.ERROR, disable_model_save=True,
             )  # fmt: skip
             a.fit_all_factors(
-                factors_name="f", dataset=train, per_device_batch_size=500,
-                factor_args=FactorArguments(strategy="ekfac"), overwrite_output_dir=True,
+                factors_name="f", dataset=fitted or train, per_device_batch_size=500,
+                factor_args=factors, overwrite_output_dir=True,
             )  # fmt: skip
             a.compute_pairwise_scores(
                 scores_name="s", factors_name="f", query_dataset=test, train_dataset=train,
                 per_device_query_batch_size=len(xt), per_device_train_batch_size=500,
-                score_args=ScoreArguments(damping_factor=ridge), overwrite_output_dir=True,
+                score_args=ScoreArguments(damping_factor=ridge, **options),
+                overwrite_output_dir=True,
             )  # fmt: skip
             return a.load_pairwise_scores("s")["all_modules"].numpy()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     return run, f"damping {ridge:g}"
+
+
+if __name__ == "__main__":  # peers.py METHOD TASK DATA.npz CHANGES.npy, in float64
+    with np.load(sys.argv[3]) as stored:
+        run, _ = prepare(*sys.argv[1:3], dict(stored), torch.float64)
+    np.save(sys.argv[4], run())

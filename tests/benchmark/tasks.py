@@ -30,6 +30,7 @@ LOSSES = {
     "t3": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     "t4": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
 }
+LOSSES |= dict.fromkeys(("softmax", "mlp"), LOSSES["t4"])
 
 
 def network(task):
@@ -41,6 +42,9 @@ def network(task):
         body = [layers.Conv2D(8, 3, activation="tanh") for _ in range(3)]
         tail = [layers.Conv2D(10, 1), layers.GlobalAveragePooling2D()]
         return keras.Sequential([keras.Input((8, 8, 1)), *body, *tail])
+    if task in ("softmax", "mlp"):
+        hidden = [layers.Dense(16, activation="tanh")] if task == "mlp" else []
+        return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(10)])
     hidden = [layers.Dense(300, activation="tanh") for _ in range(2)]
     return keras.Sequential([keras.Input((64,)), *hidden, layers.Dense(10)])
 
@@ -66,7 +70,8 @@ def load(task):
     """Return the arrays of a task; they are made on the first call."""
     path = FOLDER / f"{task}.npz"
     if not path.exists():
-        np.savez(path, **{"t1": _t1, "t3": _t3, "t4": _t4}[task]())
+        make = {"t1": _t1, "t3": _t3, "t4": _t4}.get(task, lambda: _small(task))
+        np.savez(path, **make())
     with np.load(path) as stored:
         return dict(stored)
 
@@ -159,6 +164,13 @@ def _t3():
     h = np.concatenate([hessian_rows(tf.constant(b)).numpy() for b in blocks])
     h = (h + h.T) / 2 + np.diag(objective.decay)
     return data | _reference(objective, data, h, gradients)
+
+
+def _small(task):
+    """Return a task of `crosscheck.py`, which has no reference: libraries are compared."""
+    data = _digits() | {"weight_decay": 0.001, "damping": 0.01}
+    _trained(task, data, 300)  # adds theta and its test points to data
+    return data
 
 
 def _t4():
