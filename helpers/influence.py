@@ -44,8 +44,9 @@ def ihvp(objective, b, *, solver="auto", damping="auto", rtol=None, max_steps=10
     """Return the solution of (H + damping I) x = b for an objective, with its certificate.
 
     solver : "auto" (Cholesky for a head of up to 5,000 parameters, else CG), "cholesky" or "eigh"
-        (form H), "cg" (products only), "gauss_newton" (Cholesky of G + damping I in the place of
-        H), "lissa", "low_rank"; `options` go to the solver.
+        (form H), "cg" (products only; with `gauss_newton=True` of G, which has no negative
+        eigenvalue), "gauss_newton" (Cholesky of G + damping I), "lissa", "low_rank"; further
+        `options` go to the solver.
     damping : a number, or "auto" for `spectrum.choose_damping`.
     rtol : the relative residual to reach, or to be judged by; by default 1e-8, 1e-4 for CG on
         float32 products, 1e-2 for LiSSA and low rank.
@@ -83,7 +84,7 @@ def ihvp(objective, b, *, solver="auto", damping="auto", rtol=None, max_steps=10
     )
 
 
-def _ihvp_cg(objective, b, *, damping, precondition="auto", **options):
+def _ihvp_cg(objective, b, *, damping, precondition="auto", gauss_newton=False, **options):
     dtype = "float64" if objective.head else objective.dtype
     if precondition == "auto":
         cheap = not objective.head and objective.p <= DENSE_LIMIT and is_vectorisable(objective)
@@ -92,13 +93,14 @@ def _ihvp_cg(objective, b, *, damping, precondition="auto", **options):
         precondition = gauss_newton_preconditioner(objective, damping)
     elif precondition == "nystroem":
         precondition = nystroem_preconditioner(objective, damping)
+    own = objective.compiled.setdefault("gauss_newton", {}) if gauss_newton else objective.compiled
     return conjugate_gradient(
-        hessian_operator(objective),
+        hessian_operator(objective, gauss_newton=gauss_newton),
         b,
         damping=damping,
         precondition=precondition,
         dtype=dtype,
-        compiled=objective.compiled,
+        compiled=own,
         **options,
     )
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, Problem, ridge
 
-from helpers import influence, models, retraining
+from helpers import curvature, influence, models, retraining
 from helpers.objective import Objective
 
 
@@ -182,3 +182,20 @@ def test_zero_test_gradient_has_zero_influence(binary):
         solution = influence.s_test(objective, x_test, np.array([1]), solver="cg")
     assert solution.converged.all()
     assert not influence.predicted_loss_change(objective, tf.constant(solution.x)).any()
+
+
+def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):
+    """One objective solves with H, with G and with H again: each has its own compiled product."""
+    objective, x, y = network
+    options = {"solver": "cg", "damping": 0.5, "rtol": 1e-5}
+    g = curvature.per_example_gradients(objective, x[:2], y[:2]).T.astype(float)
+    for gauss_newton, matrix in (
+        (False, curvature.dense_hessian(objective)),
+        (True, curvature.dense_gauss_newton(objective)),
+        (False, curvature.dense_hessian(objective)),
+    ):
+        solution = influence.ihvp(objective, g, gauss_newton=gauss_newton, **options)
+        expected = np.linalg.solve(matrix + 0.5 * np.eye(len(g)), g)
+        assert np.linalg.norm(solution.x - expected) <= 1e-4 * np.linalg.norm(expected)
+    h = curvature.dense_hessian(objective)
+    assert np.linalg.norm(curvature.dense_gauss_newton(objective) - h) > 0.01 * np.linalg.norm(h)
