@@ -95,8 +95,9 @@ class Objective:
                     "(x, y) or (x, y, weight) batches."
                 )
             self._dataset, self.bytes_an_example, self._data = x.map(self._complete), 0, None
-            sizes = [len(batch[2]) for batch in self._dataset]
-            self.n, self.batch_size = sum(sizes), max(sizes, default=0)
+            read = [(len(weight), *_ends(y)) for _, y, weight in self._dataset if len(weight)]
+            sizes, low, high = zip(*read, strict=True) if read else ((0,), (0,), (0,))
+            self.n, self.batch_size, self._labels = sum(sizes), max(sizes), (min(low), max(high))
         else:
             self.n = len(y)
             wrong = {len(a) for a in keras.tree.flatten(x)} - {self.n}
@@ -107,6 +108,7 @@ class Objective:
             self.batch_size = min(self.n, batch_size or affordable)
             weight = np.ones(self.n) if sample_weight is None else sample_weight
             _check_numbers(x, y, weight)
+            self._labels = _ends(y) if self.n else (0, 0)
             if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
                 self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
                 self._data = None
@@ -375,19 +377,22 @@ class Objective:
 
     def _check_labels(self, classes):
         """Refuse labels for which a cross-entropy is defined as a formula and not as a loss."""
-        if self._data is None or self.n == 0:
-            return
-        loss, y = self.loss_in(self.dtype), self._data[1].numpy()
+        loss, (least, most) = self.loss_in(self.dtype), self._labels
         whole = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
         if whole and loss.ignore_class is not None:
             return
         high = classes - 1 if whole else 1
         known = whole or isinstance(loss, keras.losses.BinaryCrossentropy)
-        if known and not (y.min() >= 0 and y.max() <= high):
+        if known and not (least >= 0 and most <= high):
             raise ValueError(
-                f"Labels go from {y.min():g} to {y.max():g}, but {loss.name} needs "
+                f"Labels go from {least:g} to {most:g}, but {loss.name} needs "
                 f"{'class numbers' if whole else 'probabilities'} from 0 to {high}."
             )
+
+
+def _ends(y):
+    """Return the smallest and the largest of the labels."""
+    return float(np.min(y)), float(np.max(y))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import BINARY, SOFTMAX
 
 from helpers import curvature, influence, models, retraining
@@ -120,6 +121,10 @@ def test_what_can_not_be_streamed_is_refused_in_words(tmp_path):
         retraining.Removals(objective)
     with pytest.raises(ValueError, match="weight_decay > 0"):
         retraining.fit_head(bind(on_disk(tmp_path, x), y, None, weight_decay=0.0))
+    batches = tf.data.Dataset.from_tensor_slices((x, 2 * y - 1)).batch(64)
+    for wrong in ((on_disk(tmp_path, x), 2 * y - 1), (batches, None)):
+        with pytest.raises(ValueError, match="Labels go from -1 to 1"):
+            Objective(models.linear_head(5), BINARY, *wrong, weight_decay=0.01)
     x[150, 2] = np.nan
     objective = bind(on_disk(tmp_path, x), y, weight)
     with pytest.raises(ValueError, match="Examples 148 to 184, or their features, hold NaN"):
