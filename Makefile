@@ -42,15 +42,8 @@ thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
 test: .venv/ready  ## unit tests, notebook hygiene, and every notebook against its stored outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
-	TQDM_DISABLE=1 $(BIN)/python -m pytest $(NBVAL) $(FIRST)
-	TQDM_DISABLE=1 $(BIN)/python -m pytest $(NBVAL) --numprocesses 2 --dist loadfile $(MIDDLE)
-	TQDM_DISABLE=1 $(BIN)/python -m pytest $(NBVAL) notebooks/16_summary.ipynb
-
-# The first write what the others read, 16 reads what they wrote; the rest are compared two at a time.
-FIRST := $(wildcard notebooks/0[012]_*.ipynb)
-MIDDLE := $(wildcard notebooks/0[3-9]_*.ipynb notebooks/1[0-5]_*.ipynb)
-NBVAL := --nbval --nbval-current-env --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 \
-  --nbval-kernel-startup-timeout=180
+	TQDM_DISABLE=1 $(BIN)/python -m pytest notebooks --nbval --nbval-current-env \
+	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=180
 
 lab: .venv/ready  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -34,7 +34,7 @@ class Attacks:
         if self.phi.shape[1] != x_test.shape[1] or set(np.unique(self.y)) - {0, 1}:
             raise ValueError("Attacks need a head without a bias, and the labels 0 and 1.")
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def _features(self, x):
         return self.backbone.model(self.backbone.preprocess(x), training=False)
 

@@ -146,20 +146,20 @@ class Head:
         ).numpy()
         return np.moveaxis(values.reshape(m, *k, *values.shape[1:]), 1, -1) if k else values
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def _losses(self, y, outputs):
         loss = self.objective.loss_in("float64")
         values = loss(y, self._dense.activation(outputs))
         return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def _residuals(self, y, outputs):
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             losses = self._losses(y, outputs)
         return tape.gradient(losses, outputs)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def tf_curvatures(self, y, outputs):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)
