@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from distributed import Client, as_completed
 from tqdm.auto import tqdm
 
 from helpers import execute
@@ -20,10 +21,6 @@ def connect(scheduler=None):
     The latter has one process a core and one thread a process, and ends with the client. Workers
     elsewhere are started in a copy of this project: `.venv/bin/dask worker ADDRESS --nthreads 1`.
     """
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise ImportError("Work on a cluster needs Dask: pip install distributed") from error
     if scheduler is not None:
         return Client(scheduler, timeout=10)
     return Client(n_workers=os.cpu_count(), threads_per_worker=1, dashboard_address=None)
@@ -35,8 +32,6 @@ def spread(client, function, pieces, *, retries=2, description="tasks"):
     A task that raises is tried again `retries` times; then its error is raised here and the others
     are cancelled. `function` travels by value: let it build the objective it works on.
     """
-    from distributed import as_completed
-
     futures = client.map(function, pieces, retries=retries, pure=False)
     bar = tqdm(as_completed(futures), description, len(futures), unit="task", leave=False)
     try:
