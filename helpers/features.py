@@ -5,6 +5,7 @@ import json
 import shutil
 import types
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,12 +128,18 @@ def _extract(manifest, backbone, batch_size, cache, key):
 
 
 def measure(pictures, backbone, *, batch_size=64):
-    """Return the features (n, d) float32 of pictures in memory, uint8 or not rounded, in 0..255."""
+    """Return the features (n, d) float32 of pictures in memory, uint8 or not rounded, in 0..255.
+
+    The replicas of a backbone loaded under a `tf.distribute` strategy share each batch.
+    """
+    shared = backbone.model.distribute_strategy.num_replicas_in_sync > 1
+    predict = partial(backbone.model.predict, batch_size=batch_size, verbose=0)
+    predict = predict if shared else backbone.model.predict_on_batch
     starts, parts = range(0, len(pictures), batch_size), []
     bar = tqdm(starts, f"{backbone.name} features", leave=False) if len(starts) > 1 else starts
     for i in bar:
         batch = np.array(pictures[i : i + batch_size], backbone.model.compute_dtype)
-        parts.append(backbone.model.predict_on_batch(backbone.preprocess(batch)))
+        parts.append(predict(backbone.preprocess(batch)))
     return np.concatenate(parts).astype(np.float32)
 
 

@@ -27,7 +27,7 @@ elif k:
     tf.config.set_logical_device_configuration(cpu, devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(k)])
 
-from helpers import curvature, influence  # noqa: E402  after the devices are set
+from helpers import curvature, features, influence  # noqa: E402  after the devices are set
 from helpers.objective import Objective  # noqa: E402
 
 keras.config.set_dtype_policy("float64")
@@ -37,6 +37,8 @@ x_test, y_test = rng.normal(size=(3, 6, 6, 1)), rng.integers(0, 3, 3)
 with strategy.scope() if strategy else contextlib.nullcontext():
     layers = [keras.layers.Conv2D(4, 3, activation="tanh"), keras.layers.Flatten()]
     model = keras.Sequential([keras.Input((6, 6, 1)), *layers, keras.layers.Dense(3)])
+    pooled = keras.layers.GlobalAveragePooling2D()(model.layers[0].output)
+    backbone = features.Backbone("small", keras.Model(model.inputs, pooled), lambda x: x / 255, 6)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 objective = Objective(
     model, loss, x, y, weight_decay=0.1, sample_weight=weight, batch_size=5, strategy=strategy
@@ -45,7 +47,9 @@ objective.theta = 0.3 * rng.normal(size=objective.p)
 options = {"damping": 1.0, "solver": "cg", "precondition": None, "rtol": 1e-12}
 solution = influence.s_test(objective, x_test, y_test, **options)
 vectors = rng.normal(size=(objective.p, 3))
+pictures = rng.integers(0, 256, (53, 6, 6, 1))
 results = {
+    "features": features.measure(pictures, backbone, batch_size=7),
     "gradient": curvature.loss_gradient(objective),
     "hvp": curvature.hvp(objective, vectors),
     "gauss_newton": curvature.gauss_newton_product(objective, vectors),
