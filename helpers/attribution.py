@@ -95,8 +95,8 @@ def _blocks(objective):
         names = [v.path for v in objective.variables if id(v) in left]
         raise ValueError(
             f"EK-FAC is defined for the kernels (and their biases) of Dense and Conv2D layers, not "
-            f"for {names}: leave them out with parameters=[layer names], or use "
-            "solver='gauss_newton' of influence.ihvp."
+            f"for {len(names)} others, such as {names[0]}: leave them out with parameters=[layer "
+            "names], or use influence.ihvp with solver='cg', gauss_newton=True."
         )
     return blocks
 

@@ -6,8 +6,6 @@ The inputs are memory-mapped: what grows with n is only what the code itself kee
 
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -18,17 +16,10 @@ import numpy as np
 
 from helpers import curvature
 from helpers.objective import Objective
+from tests.benchmark.scaling import peak_memory
 
 n, folder = int(sys.argv[1]), Path(sys.argv[2])
 D, BATCH = 256, 2000
-
-
-def anonymous():
-    """Return the anonymous resident memory of this process in MB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1e3
-    raise RuntimeError("This system tells no anonymous memory.")
 
 
 rng = np.random.default_rng(0)
@@ -42,21 +33,9 @@ x, y = (np.load(folder / name, mmap_mode="r") for name in (f"{n}.npy", f"{n}_y.n
 model = keras.Sequential([keras.Input((D,)), keras.layers.Dense(32, "tanh"), keras.layers.Dense(3)])
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 model(np.zeros((BATCH, D), "float32"))
-base, peak, watching = anonymous(), [0.0], True
-
-
-def watch():
-    while watching:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
-
-
-thread = threading.Thread(target=watch)
-thread.start()
-objective = Objective(model, loss, x, y, weight_decay=1e-3, batch_size=BATCH)
-for _ in range(2):
-    curvature.hvp(objective, np.ones((objective.p, 4)))
-    curvature.loss_gradient(objective)
-watching = False
-thread.join()
-print(f"{peak[0] - base:.1f}")
+with peak_memory() as peak:
+    objective = Objective(model, loss, x, y, weight_decay=1e-3, batch_size=BATCH)
+    for _ in range(2):
+        curvature.hvp(objective, np.ones((objective.p, 4)))
+        curvature.loss_gradient(objective)
+print(f"{peak[0]:.1f}")

@@ -1,9 +1,15 @@
-"""`make scaling`: seconds and memory of streamed influence against n, up to a million rows on disk.
+"""`make scaling`: seconds and memory of influence for a million rows, and for a million parameters.
 
-A logistic head on d = 2,048 float32 features, seeded and memory-mapped, each n in a process of its
-own: one pass for the gradient; H and s_test of 10 test points; the top 50 of each of them. Memory
-is the peak of anonymous pages above the state after imports. Writes figures/demo/scaling.json.
-`--folder` needs 8.2 GB for the largest n and is left empty; `--sizes` are other n.
+A logistic head on d = 2,048 float32 features, seeded and memory-mapped, up to a million rows on
+disk: one pass for the gradient; H and s_test of 10 test points; the top 50 of each of them.
+
+All parameters of whole backbones on a few small pictures (random weights: the cost is the same):
+s_test of 2 test points by CG with the Gauss-Newton matrix, EK-FAC's factors and solve for all
+Dense and Conv2D layers, the influences.
+
+Each row is a process of its own; memory is the peak of anonymous pages above the state after
+imports. Writes figures/demo/scaling.json. `--folder` needs 8.2 GB for the largest n and is left
+empty; `--sizes` and `--backbones` are others (and nothing is written).
 """
 
 import argparse
@@ -14,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -22,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import keras
 import numpy as np
 
-from helpers import curvature, influence, models
+from helpers import attribution, curvature, influence, models
 from helpers.objective import Objective
 from helpers.runtime import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
+BACKBONES, PICTURES, SIDE = ["MobileNetV2", "InceptionV3"], 16, 96
 
 
 def write(path, n):
@@ -47,40 +55,81 @@ def anonymous():
     return int(text.split("RssAnon:")[1].split()[0]) / 1e3
 
 
+@contextmanager
+def peak_memory():
+    """Yield a list that will hold the peak of anonymous memory above the start, in MB."""
+    base, found, done = anonymous(), [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            found[0] = max(found[0], anonymous() - base)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def timed(works):
+    """Return {name: result} of functions called in turn, and {name_seconds: time}."""
+    results, seconds = {}, {}
+    for name, work in works.items():
+        started = time.perf_counter()
+        results[name] = work(results)
+        seconds[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
+    return results, seconds
+
+
 def measure(n, path):
     """Return seconds of each pass, and the megabytes that all of them peaked at, for n rows."""
     keras.config.set_dtype_policy("float64")
     y, rng = write(path, n), np.random.default_rng(1)
     x, x_test, y_test = np.load(path, mmap_mode="r"), rng.normal(size=(M, D)), np.arange(M) % 2
-    peak, done = [0.0], threading.Event()
+    with peak_memory() as peak:
+        loss = keras.losses.BinaryCrossentropy(from_logits=True)
+        options = {"weight_decay": 1e-2, "batch_size": ROWS, "memory_budget": 2**24}
+        objective = Objective(models.linear_head(D), loss, x, y, **options)
+        objective.theta = 0.1 * rng.normal(size=D) / np.sqrt(D)
+        works = {
+            "gradient": lambda _: curvature.loss_gradient(objective),
+            "s_test": lambda _: influence.s_test(objective, x_test, y_test, damping=0.0),
+            "top": lambda done: influence.most_influential(objective, done["s_test"], K),
+        }
+        results, seconds = timed(works)
+    assert results["s_test"].converged.all()
+    assert results["top"].helpful.shape == (M, K)
+    return {"n": n} | seconds | {"megabytes": round(peak[0])}
 
-    def watch():
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
 
-    base, found = anonymous(), {"n": n}
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    model = models.linear_head(D)
-    options = {"weight_decay": 1e-2, "batch_size": ROWS, "memory_budget": 2**24}
-    objective = Objective(model, loss, x, y, **options)
-    objective.theta = 0.1 * rng.normal(size=D) / np.sqrt(D)
-    works = {
-        "gradient": lambda: curvature.loss_gradient(objective),
-        "s_test": lambda: influence.s_test(objective, x_test, y_test, damping=0.0),
-        "top": lambda: influence.most_influential(objective, found["s_test"], K),
-    }
-    for name, work in works.items():
-        started = time.perf_counter()
-        found[name] = work()
-        found[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
-    done.set()
-    watcher.join()
-    assert found.pop("s_test").converged.all()
-    assert found.pop("top").helpful.shape == (M, K)
-    del found["gradient"]
-    return found | {"megabytes": round(peak[0] - base)}
+def measure_backbone(name):
+    """Return the same for the parameters of a whole backbone with a head of two logits."""
+    rng, shape = np.random.default_rng(0), (SIDE, SIDE, 3)
+    x, y = rng.normal(size=(PICTURES, *shape)).astype("float32"), np.arange(PICTURES) % 2
+    build = getattr(keras.applications, name)
+    body = build(include_top=False, weights=None, input_shape=shape, pooling="avg")
+    model = keras.Model(body.input, keras.layers.Dense(2)(body.output))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    kinds = keras.layers.Conv2D, keras.layers.Dense
+    layers = [layer.name for layer in model.layers if type(layer) in kinds]
+    with peak_memory() as peak:
+        whole = Objective(model, loss, x, y, weight_decay=1e-3)
+        part = Objective(model, loss, x, y, weight_decay=1e-3, parameters=layers)
+        cg = {"solver": "cg", "gauss_newton": True, "damping": 0.1, "rtol": 1e-3}
+        b = curvature.per_example_gradients(part, x[:2], y[:2]).T
+        works = {
+            "cg": lambda _: influence.s_test(whole, x[:2], y[:2], **cg),
+            "ekfac_factors": lambda _: attribution.EKFAC(part, damping=0.1),
+            "ekfac_solve": lambda done: done["ekfac_factors"].solve(b),
+            "influences": lambda done: influence.predicted_loss_change(part, done["ekfac_solve"]),
+        }
+        results, seconds = timed(works)
+    assert results["cg"].converged.all()
+    about = {"backbone": name, "p": whole.p, "p_ekfac": part.p, "pictures": PICTURES, "side": SIDE}
+    steps = int(np.max(results["cg"].steps))
+    return about | seconds | {"cg_steps": steps, "megabytes": round(peak[0])}
 
 
 def extrapolated(rows):
@@ -93,25 +142,27 @@ def extrapolated(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", type=int, default=[2_000, 20_000, 200_000, 1_000_000])
+    parser.add_argument("--backbones", nargs="*", default=BACKBONES)
     parser.add_argument("--folder", help="where the rows lie while they are measured")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "x.npy"
         if options.one:
-            print(json.dumps(measure(options.one, path)))
+            n = options.one
+            row = measure(int(n), Path(folder) / "x.npy") if n.isdigit() else measure_backbone(n)
+            print(json.dumps(row))
             return
         rows = []
-        for n in options.sizes:
-            command = [sys.executable, __file__, "--one", str(n), "--folder", folder]
+        for one in [*options.sizes, *options.backbones]:
+            command = [sys.executable, __file__, "--one", str(one), "--folder", folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
-    if options.sizes != parser.get_default("sizes"):
+    if any(getattr(options, name) != parser.get_default(name) for name in ("sizes", "backbones")):
         return
-    record = {"d": D, "test_points": M, "top": K, "threads": threads, "rows": rows}
-    record["extrapolated"] = extrapolated(rows)
+    threads, k = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), len(options.sizes)
+    record = {"d": D, "test_points": M, "top": K, "threads": threads, "rows": rows[:k]}
+    record |= {"extrapolated": extrapolated(rows[:k]), "all_parameters": rows[k:]}
     path = ROOT / "figures" / "demo" / "scaling.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
