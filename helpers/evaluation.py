@@ -79,6 +79,13 @@ def mean_of(values):
     return Mean(float(values.mean()), float(half))
 
 
+def bootstrap_of_mean(values, seed, *, draws=2000):
+    """Return [mean, low, high] of values (k,), the interval a 95 % bootstrap one over them."""
+    values = np.asarray(values)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    return [values.mean(), *np.quantile(values[drawn].mean(1), [0.025, 0.975])]
+
+
 class DatamodellingScore(NamedTuple):
     """Rank correlation of summed attributions with losses after training on subsets of the data.
 

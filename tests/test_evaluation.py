@@ -35,6 +35,14 @@ def test_mean_of_is_students_interval():
     assert str(evaluation.mean_of([0.5, 0.5])) == "0.500 ± 0.000"
 
 
+def test_bootstrap_of_a_mean_is_the_normal_interval_of_many_values():
+    values = np.random.default_rng(0).exponential(size=2000)
+    mean, low, high = evaluation.bootstrap_of_mean(values, 1)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert mean == values.mean()
+    np.testing.assert_allclose([mean - low, high - mean], half, rtol=0.1)
+
+
 def test_datamodelling_score_of_a_linear_world_is_one_and_keeps_the_sign():
     rng = np.random.default_rng(0)
     effects, kept = rng.normal(size=(5, 30)), rng.random((30, 40)) < 0.5
