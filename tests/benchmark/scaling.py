@@ -3,13 +3,16 @@
 A logistic head on d = 2,048 float32 features, seeded and memory-mapped, up to a million rows on
 disk: one pass for the gradient; H and s_test of 10 test points; the top 50 of each of them.
 
+A softmax head of MNIST's size, 55,000 rows of 784 in ten classes: the fit, all influences on 15
+test points, the Newton step without each of 500 rows.
+
 All parameters of whole backbones on a few small pictures (random weights: the cost is the same):
 s_test of 2 test points by CG with the Gauss-Newton matrix, EK-FAC's factors and solve for all
 Dense and Conv2D layers, the influences.
 
 Each row is a process of its own; memory is the peak of anonymous pages above the state after
 imports. Writes figures/demo/scaling.json. `--folder` needs 8.2 GB for the largest n and is left
-empty; `--sizes` and `--backbones` are others (and nothing is written).
+empty; `--sizes` and `--others` choose rows (and nothing is written then).
 """
 
 import argparse
@@ -29,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import keras
 import numpy as np
 
-from helpers import attribution, curvature, influence, models
+from helpers import attribution, curvature, influence, models, retraining
 from helpers.objective import Objective
 from helpers.runtime import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
-BACKBONES, PICTURES, SIDE = ["MobileNetV2", "InceptionV3"], 16, 96
+OTHERS, PICTURES, SIDE = ["digits", "MobileNetV2", "InceptionV3"], 16, 96
 
 
 def write(path, n):
@@ -104,6 +107,30 @@ def measure(n, path):
     return {"n": n} | seconds | {"megabytes": round(peak[0])}
 
 
+def measure_digits():
+    """Return the same for a softmax head on as many rows as MNIST has, of overlapping classes."""
+    keras.config.set_dtype_policy("float64")
+    rng, n = np.random.default_rng(0), 55_000
+    centres, y = rng.normal(size=(10, 784)), rng.integers(0, 10, n)
+    x = np.clip(0.1 * centres[y] + 0.3 * rng.normal(size=(n, 784)), 0, 1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    with peak_memory() as peak:
+        objective = Objective(models.linear_head(784, 10), loss, x, y, weight_decay=0.01)
+        options = {"solver": "cholesky", "damping": 0.0}
+        rows = np.arange(500)
+        works = {
+            "fit": lambda _: retraining.fit_head(objective),
+            "s_test": lambda _: influence.s_test(objective, x[:15], y[:15], **options),
+            "influences": lambda done: influence.predicted_loss_change(objective, done["s_test"]),
+            "removals": lambda _: retraining.Removals(objective),
+            "newton": lambda done: done["removals"].newton_loss_change(x[:15], y[:15], rows),
+        }
+        results, seconds = timed(works)
+    assert results["fit"].converged
+    assert results["s_test"].converged.all()
+    return {"digits": n, "p": objective.p} | seconds | {"megabytes": round(peak[0])}
+
+
 def measure_backbone(name):
     """Return the same for the parameters of a whole backbone with a head of two logits."""
     rng, shape = np.random.default_rng(0), (SIDE, SIDE, 3)
@@ -117,7 +144,7 @@ def measure_backbone(name):
     with peak_memory() as peak:
         whole = Objective(model, loss, x, y, weight_decay=1e-3)
         part = Objective(model, loss, x, y, weight_decay=1e-3, parameters=layers)
-        cg = {"solver": "cg", "gauss_newton": True, "damping": 0.1, "rtol": 1e-3}
+        cg = {"solver": "cg", "gauss_newton": True, "damping": 0.01, "rtol": 1e-3}
         b = curvature.per_example_gradients(part, x[:2], y[:2]).T
         works = {
             "cg": lambda _: influence.s_test(whole, x[:2], y[:2], **cg),
@@ -142,27 +169,30 @@ def extrapolated(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", type=int, default=[2_000, 20_000, 200_000, 1_000_000])
-    parser.add_argument("--backbones", nargs="*", default=BACKBONES)
+    parser.add_argument("--others", nargs="*", default=OTHERS)
     parser.add_argument("--folder", help="where the rows lie while they are measured")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.one:
-            n = options.one
-            row = measure(int(n), Path(folder) / "x.npy") if n.isdigit() else measure_backbone(n)
+            one = options.one
+            if one.isdigit():
+                row = measure(int(one), Path(folder) / "x.npy")
+            else:
+                row = measure_digits() if one == "digits" else measure_backbone(one)
             print(json.dumps(row))
             return
         rows = []
-        for one in [*options.sizes, *options.backbones]:
+        for one in [*options.sizes, *options.others]:
             command = [sys.executable, __file__, "--one", str(one), "--folder", folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    if any(getattr(options, name) != parser.get_default(name) for name in ("sizes", "backbones")):
+    if any(getattr(options, name) != parser.get_default(name) for name in ("sizes", "others")):
         return
     threads, k = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), len(options.sizes)
     record = {"d": D, "test_points": M, "top": K, "threads": threads, "rows": rows[:k]}
-    record |= {"extrapolated": extrapolated(rows[:k]), "all_parameters": rows[k:]}
+    record |= {"extrapolated": extrapolated(rows[:k]), "softmax_and_backbones": rows[k:]}
     path = ROOT / "figures" / "demo" / "scaling.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
