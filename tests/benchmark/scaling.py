@@ -148,7 +148,7 @@ def measure_backbone(name):
         b = curvature.per_example_gradients(part, x[:2], y[:2]).T
         works = {
             "cg": lambda _: influence.s_test(whole, x[:2], y[:2], **cg),
-            "ekfac_factors": lambda _: attribution.EKFAC(part, damping=0.1),
+            "ekfac_factors": lambda _: attribution.EKFAC(part, damping=0.01),
             "ekfac_solve": lambda done: done["ekfac_factors"].solve(b),
             "influences": lambda done: influence.predicted_loss_change(part, done["ekfac_solve"]),
         }
