@@ -8,10 +8,12 @@ graph; others (recurrent layers, attention, custom layers) get a loop that gives
 """
 
 from functools import partial
+from itertools import pairwise
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm.auto import tqdm
 
 from helpers.head import gemm
 
@@ -91,11 +93,11 @@ def hessian_operator(objective, *, gauss_newton=False, rows=None):
     return partial(product.graph, objective, rows=rows)
 
 
-def _product(objective, vectors, columns):
+def _product(objective, vectors, columns, *args):
     dtype = "float64" if objective.head else objective.dtype
     vectors = tf.cast(vectors, dtype)
     matrix = vectors[:, None] if vectors.shape.rank == 1 else vectors
-    result = columns(objective, matrix).numpy().astype(np.float64)
+    result = columns(objective, matrix, *args).numpy().astype(np.float64)
     return result[:, 0] if vectors.shape.rank == 1 else result
 
 
@@ -128,14 +130,16 @@ def head_operator(objective, rows=None):
 
 
 @compiled
-def _hvp(objective, vectors, rows=None):
+def _hvp(objective, vectors, rows=None, first=0, last=None):
+    """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
+
     def one_vector(x, y, weight, vector):
-        parts = objective.unflatten(vector)
+        parts, tensors = objective.unflatten(vector)[first:last], objective.tensors
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
-            dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
-        return objective.flatten(outer.gradient(dot, objective.tensors))
+            dot = sum_of_products(inner.gradient(loss, tensors[first:last]), parts)
+        return objective.flatten([None] * first + outer.gradient(dot, tensors[first:]))
 
     return _regularised(objective, vectors, one_vector, rows)
 
@@ -369,11 +373,23 @@ def _double_vjp_dots(objective, x, y, weight, vectors):
 def dense_hessian(objective):
     """Return H of L at theta as a matrix (p, p) float64, regulariser included, damping not.
 
-    A closed form for a last Dense layer; otherwise one product for every column.
+    A closed form for a last Dense layer; otherwise a product for every column, layer by layer, with
+    that layer and those behind it only. The rest is known by symmetry, and what depends on a late
+    layer alone, most of a network's columns, is never taken back through the first ones.
     """
     if objective.head:
         return objective.head.hessian(objective.theta)
-    return _columns(objective, hvp)
+    ends = np.cumsum([0, *objective.sizes])
+    kernels = [k for k, v in enumerate(objective.variables) if k == 0 or len(v.shape) > 1]
+    h = np.zeros((objective.p, objective.p))
+    with tqdm(total=objective.p, desc="Hessian", unit="column", leave=False) as bar:
+        for first, last in pairwise([*kernels, len(objective.sizes)]):
+            own = range(ends[first], ends[last])
+            for columns in _slabs(own):
+                identity = np.eye(objective.p)[:, columns]
+                h[:, columns] = _product(objective, identity, _hvp, None, first, last)
+            bar.update(len(own))
+    return np.tril(h) + np.tril(h, -1).T
 
 
 def dense_gauss_newton(objective):
@@ -386,7 +402,11 @@ def dense_gauss_newton(objective):
     if objective.head:
         return objective.head.hessian(objective.theta)
     if not is_vectorisable(objective):
-        return _columns(objective, gauss_newton_product)
+        identity, slabs = np.eye(objective.p), _slabs(range(objective.p))
+        g = np.empty_like(identity)
+        for columns in slabs:
+            g[:, columns] = gauss_newton_product(objective, identity[:, columns])
+        return (g + g.T) / 2
     total = np.zeros((objective.p, objective.p))
     for x, y, weight in objective.batches(_rows_at_once(objective)):
         for rows in _curvature_rows(objective, x, y):
@@ -424,8 +444,8 @@ def output_factors(objective, x, y):
     return vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
 
 
-def _columns(objective, product, width=64):
-    identity = np.eye(objective.p)
-    blocks = [product(objective, identity[:, j : j + width]) for j in range(0, objective.p, width)]
-    h = np.concatenate(blocks, axis=1)
-    return (h + h.T) / 2
+def _slabs(columns, most=64):
+    """Cut a range into slices of one length (one graph), of at most 64; the last may overlap."""
+    width = -(-len(columns) // -(-len(columns) // most))
+    starts = (min(j, columns.stop - width) for j in columns[::width])
+    return [slice(j, j + width) for j in starts]

@@ -50,6 +50,20 @@ def test_hvp_matches_finite_differences(network):
     np.testing.assert_allclose(curvature.dense_hessian(objective), h, atol=1e-8)
 
 
+def test_dense_hessian_does_not_hang_on_the_order_of_the_variables(network):
+    """It is computed layer by layer, in the order of the variables, and only from there on."""
+    objective, x, y = network
+    theta, h = objective.theta, curvature.dense_hessian(objective)
+    turned = objective.variables[::-1]
+    other = Objective(
+        objective.model, SOFTMAX, x, y, weight_decay=0.05, parameters=turned, batch_size=13
+    )
+    positions = np.split(np.arange(objective.p), np.cumsum(objective.sizes)[:-1])
+    order = np.concatenate(positions[::-1])
+    np.testing.assert_array_equal(other.theta, theta[order])
+    np.testing.assert_allclose(curvature.dense_hessian(other), h[np.ix_(order, order)], atol=1e-14)
+
+
 def test_hvp_is_symmetric(network):
     objective, *_ = network
     u, v = np.random.default_rng(1).normal(size=(2, objective.p))
