@@ -23,7 +23,7 @@ author = "the contributors"
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 root_doc = "README"
 include_patterns = ["*.md", "notebooks/*.ipynb", "figures/*/*.md", "data/README.md", "docs/*.md"]
-exclude_patterns = ["**/.ipynb_checkpoints", "**/*.partial.ipynb", "runs"]
+exclude_patterns = ["**/.ipynb_checkpoints", "**/partial_*.ipynb", "runs"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "html_image"]
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
@@ -65,7 +65,7 @@ def add_contents(app, name, text):
         text[0] = f"# How fast\n\n{text[0]}"
     if name == "README":
         paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-        names = "\n".join(f"notebooks/{p.stem}" for p in paths if ".partial" not in p.name)
+        names = "\n".join(f"notebooks/{p.stem}" for p in paths)
         text[0] += CONTENTS.format(notebooks=names)
 
 

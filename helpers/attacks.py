@@ -16,6 +16,7 @@ from scipy.special import expit
 from tqdm.auto import tqdm
 
 from helpers.many_fits import Replacements
+from helpers.runtime import keep_nothing
 
 
 class Attacks:
@@ -103,7 +104,16 @@ class Attacks:
         return scores
 
     def attack(
-        self, targets, carriers, *, start=None, box=0.5, step=0.25, steps=4, stop=0.5, keep=None
+        self,
+        targets,
+        carriers,
+        *,
+        start=None,
+        box=0.5,
+        step=0.25,
+        steps=4,
+        stop=0.5,
+        checkpoint=keep_nothing,
     ):
         """Return the altered training pictures of each attack, (carriers, h, w, 3).
 
@@ -113,10 +123,10 @@ class Attacks:
         step. Carriers of different attacks go through the backbone together, as many as make a
         batch.
 
-        start : altered pictures to begin at, as returned. keep : what `runtime.checkpoint(folder)`
+        start : altered pictures to begin at, as returned.
+        checkpoint : what `runtime.checkpoint(folder)`
             returned: finished batches are kept there and an interrupted run goes on where it was.
         """
-        keep = keep or (lambda numbers, compute: compute())
         start = [self.images[rows] for rows in carriers] if start is None else start
         options = box, step, steps, stop
         # rounded: the last digits of a fit may differ from run to run
@@ -125,7 +135,7 @@ class Attacks:
             pieces = [targets[j] for j in part], [carriers[j] for j in part]
             begin = np.concatenate([start[j] for j in part])
             numbers = [*settings, begin, *_joined(pieces[0]), *_joined(pieces[1])]
-            found = keep(numbers, lambda a=(*pieces, begin): self._attack(*a, *options))
+            found = checkpoint(numbers, lambda a=(*pieces, begin): self._attack(*a, *options))
             done += np.split(found, np.cumsum([len(rows) for rows in pieces[1]])[:-1])
         return done
 

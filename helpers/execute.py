@@ -3,7 +3,7 @@
 How this differs from plain papermill:
 1. an unknown parameter, or a value of another type than the default's, is an error;
 2. the parameters cell holds literals only, so an override can not leave a derived value behind;
-3. the output file appears when the run has succeeded; until then it is NN_name.partial.ipynb;
+3. the output file appears when the run has succeeded; until then it is partial_NN_name.ipynb;
 4. stderr, widgets, timings and papermill's metadata are dropped, so runs repeat to the byte;
 5. notebooks run in the order of their numbers, because each reads what earlier ones wrote.
 """
@@ -105,7 +105,7 @@ def run(source, target, parameters=None, *, html=True):
     notebook = nbformat.read(source, 4)
     parameters = checked(parameters or {}, declared_parameters(notebook))
     in_place = source.resolve() == target.resolve()
-    partial = target.with_suffix(".partial.ipynb")
+    partial = target.with_name(f"partial_{target.name}")
     started = time.perf_counter()
     with _stderr_to(target.with_suffix(".log")):
         papermill.execute_notebook(
@@ -147,8 +147,7 @@ def run_profile(profile, names, *, in_place=False):
     if profile != "demo":
         overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text()) or {}
         print(f"data root: {data_root()}")
-    found = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    every = [p for p in found if not p.stem.endswith(".partial")]  # left by a run cut off
+    every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     chosen = [p for p in every if not names or any(p.stem.startswith(n) for n in names)]
     unknown = set(overrides) - {p.stem for p in every}
     if unknown or not chosen:
@@ -160,7 +159,7 @@ def run_profile(profile, names, *, in_place=False):
             seconds = run(path, target / path.name, overrides.get(path.stem))
         except Exception as error:  # whatever stopped it, the reader wants the reason first
             print(f"FAILED\n\n{_reason(error)}\n")
-            print(f"The cells that ran are in {target / path.stem}.partial.ipynb")
+            print(f"The cells that ran are in {target / f'partial_{path.name}'}")
             return 1
         print(f"{seconds:5.0f} s", flush=True)
     return 0

@@ -24,6 +24,7 @@ from helpers.curvature import (
     output_slopes,
     per_example_gradients,
 )
+from helpers.runtime import keep_nothing
 from helpers.solvers import Cholesky, damped
 
 
@@ -124,7 +125,9 @@ class NetworkRemovals:
         self.objective.theta = self.theta
         return thetas, spent
 
-    def retrain(self, rows, *, fraction=1.0, tol=1e-8, rounds=10, steps=100, checkpoint=None):
+    def retrain(
+        self, rows, *, fraction=1.0, tol=1e-8, rounds=10, steps=100, checkpoint=keep_nothing
+    ):
         """Return the Refits that descent reaches from theta without each point: warm start.
 
         With a `fraction` below 1 only that share of the point's weight is taken away (the average
@@ -136,7 +139,7 @@ class NetworkRemovals:
         numbers = "part", fraction
         return self._refits(rows, target, self.factor, tol, rounds, steps, checkpoint, *numbers)
 
-    def proximal(self, rows, damping, *, tol=1e-8, rounds=10, steps=100, checkpoint=None):
+    def proximal(self, rows, damping, *, tol=1e-8, rounds=10, steps=100, checkpoint=keep_nothing):
         """Return the Refits of the proximal Bregman objective without each point.
 
         Bae et al. 2022, equation 5, with eps = -1/n: outputs are held by the Bregman divergence of
@@ -153,7 +156,6 @@ class NetworkRemovals:
         return self._refits(rows, target, factor, tol, rounds, steps, checkpoint, *numbers)
 
     def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
-        keep = checkpoint or (lambda numbers, compute: compute())
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
         same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
@@ -165,7 +167,7 @@ class NetworkRemovals:
 
         bar = tqdm(rows, "retraining", unit="removal", leave=False)
         try:
-            ends = [keep([*same, row], partial(one, row)) for row in bar]
+            ends = [checkpoint([*same, row], partial(one, row)) for row in bar]
         finally:
             self.objective.theta = self.theta
         ends = np.stack(ends, axis=1)

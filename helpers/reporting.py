@@ -209,8 +209,6 @@ def notebooks():
     """Return the committed notebooks as a table: their question (the title) and their answer."""
     rows = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        if path.stem.endswith(".partial"):  # one that is being run
-            continue
         title = "".join(json.loads(path.read_text())["cells"][0]["source"])
         question = title.partition(" · ")[2].partition("\n")[0]
         answer = " ".join(title.partition("**Answer.**")[2].partition("\n\n")[0].split())

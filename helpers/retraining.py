@@ -19,6 +19,7 @@ import scipy.sparse.linalg
 from tqdm.auto import tqdm
 
 from helpers.head import gemm
+from helpers.runtime import keep_nothing
 from helpers.solvers import Cholesky
 
 DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
@@ -221,7 +222,7 @@ class Removals:
             changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
 
-    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=None):
+    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=keep_nothing):
         """Return theta_-i, the exact refits without each given training point, (p, k).
 
         Fixed-factor Newton steps from the Newton prediction, for a batch of points at once, until
@@ -236,11 +237,10 @@ class Removals:
         batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
         head = self.head
         same = [self.theta, head.decay, head.phi.sum(0), head.y, head.weight, tol]
-        keep = checkpoint or (lambda numbers, compute: compute())
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
         return np.concatenate(
-            [keep([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar], axis=1
+            [checkpoint([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar], axis=1
         )
 
     def group_newton_step(self, rows):

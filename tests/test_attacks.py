@@ -162,13 +162,13 @@ def test_an_interrupted_run_goes_on_where_it_was(setting, tmp_path, monkeypatch)
 
     monkeypatch.setattr(attacks.Attacks, "see", counted)
     with pytest.raises(KeyboardInterrupt):
-        setting.attack(TARGETS, CARRIERS, steps=3, keep=runtime.checkpoint(tmp_path))
+        setting.attack(TARGETS, CARRIERS, steps=3, checkpoint=runtime.checkpoint(tmp_path))
     monkeypatch.setattr(setting, "theta", setting.theta * (1 + 1e-15))  # of another run's fit
-    again = setting.attack(TARGETS, CARRIERS, steps=3, keep=runtime.checkpoint(tmp_path))
+    again = setting.attack(TARGETS, CARRIERS, steps=3, checkpoint=runtime.checkpoint(tmp_path))
     assert len(calls) == 6 + 4  # the finished batch was not done again, the other one was
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    setting.attack(TARGETS, CARRIERS, steps=3, box=0.4, keep=runtime.checkpoint(tmp_path))
+    setting.attack(TARGETS, CARRIERS, steps=3, box=0.4, checkpoint=runtime.checkpoint(tmp_path))
     assert len(calls) > 10  # other settings, other files
 
 

@@ -59,7 +59,7 @@ def test_a_run_writes_the_notebook_and_its_html(tmp_path):
     assert executed.cells[3].outputs == []
     assert "papermill" not in executed.metadata
     assert "42" in (tmp_path / "out.html").read_text()
-    assert not list(tmp_path.glob("*.partial.ipynb")) + list(tmp_path.glob("*.log"))
+    assert not list(tmp_path.glob("partial_*.ipynb")) + list(tmp_path.glob("*.log"))
 
 
 def test_running_in_place_twice_gives_the_same_bytes(tmp_path):
@@ -90,13 +90,13 @@ def test_a_failed_run_leaves_no_done_file(tmp_path):
     with pytest.raises(Exception, match="no data"):
         execute.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb")
     assert not (tmp_path / "out.ipynb").exists()
-    assert (tmp_path / "out.partial.ipynb").exists()
+    assert (tmp_path / "partial_out.ipynb").exists()
 
 
 def test_the_command_line_stops_at_the_first_failure(tmp_path, monkeypatch, capsys):
     (tmp_path / "notebooks").mkdir()
     write(tmp_path / "notebooks" / "00_a.ipynb", "raise RuntimeError('no data')")
-    write(tmp_path / "notebooks" / "00_a.partial.ipynb", "print(0)")  # not one to run
+    write(tmp_path / "notebooks" / "partial_00_a.ipynb", "print(0)")  # not one to run
     write(tmp_path / "notebooks" / "01_b.ipynb", "print(1)")
     monkeypatch.setattr(execute, "ROOT", tmp_path)
     monkeypatch.setattr(execute, "folder", lambda *parts: _made(tmp_path.joinpath(*parts)))
@@ -104,7 +104,7 @@ def test_the_command_line_stops_at_the_first_failure(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "RuntimeError: no data" in printed
     assert "01_b" not in printed
-    assert "00_a.partial " not in printed
+    assert "partial_00_a " not in printed
 
 
 def _made(path):

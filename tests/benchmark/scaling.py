@@ -11,8 +11,8 @@ s_test of 2 test points by CG with the Gauss-Newton matrix, EK-FAC's factors and
 Dense and Conv2D layers, the influences.
 
 Each row is a process of its own; memory is the peak of anonymous pages above the state after
-imports. Writes figures/demo/scaling.json. `--folder` needs 8.2 GB for the largest n and is left
-empty; `--sizes` and `--others` choose rows (and nothing is written then).
+imports. Writes figures/demo/scaling.json. One row alone (20000, digits, MobileNetV2, ...) is
+measured and printed only. `--folder` needs 8.2 GB for the largest n and is left empty.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from helpers.runtime import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
-OTHERS, PICTURES, SIDE = ["digits", "MobileNetV2", "InceptionV3"], 16, 96
+SIZES, OTHERS = [2_000, 20_000, 200_000, 1_000_000], ["digits", "MobileNetV2", "InceptionV3"]
+PICTURES, SIDE = 16, 96
 
 
 def write(path, n):
@@ -166,31 +167,29 @@ def extrapolated(rows):
     return {"n": ILSVRC} | {name: round(last[name] * ILSVRC / last["n"]) for name in names}
 
 
+def measured(row, path):
+    """Return the figures of one row of the table."""
+    if row.isdigit():
+        return measure(int(row), path)
+    return measure_digits() if row == "digits" else measure_backbone(row)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="*", type=int, default=[2_000, 20_000, 200_000, 1_000_000])
-    parser.add_argument("--others", nargs="*", default=OTHERS)
+    parser.add_argument("row", nargs="?", help="one row instead of all")
     parser.add_argument("--folder", help="where the rows lie while they are measured")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        if options.one:
-            one = options.one
-            if one.isdigit():
-                row = measure(int(one), Path(folder) / "x.npy")
-            else:
-                row = measure_digits() if one == "digits" else measure_backbone(one)
-            print(json.dumps(row))
+        if options.row:
+            print(json.dumps(measured(options.row, Path(folder) / "x.npy")))
             return
         rows = []
-        for one in [*options.sizes, *options.others]:
-            command = [sys.executable, __file__, "--one", str(one), "--folder", folder]
+        for row in [*map(str, SIZES), *OTHERS]:
+            command = [sys.executable, __file__, row, "--folder", folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
-    if any(getattr(options, name) != parser.get_default(name) for name in ("sizes", "others")):
-        return
-    threads, k = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), len(options.sizes)
+    threads, k = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), len(SIZES)
     record = {"d": D, "test_points": M, "top": K, "threads": threads, "rows": rows[:k]}
     record |= {"extrapolated": extrapolated(rows[:k]), "softmax_and_backbones": rows[k:]}
     path = ROOT / "figures" / "demo" / "scaling.json"
