@@ -71,7 +71,7 @@ backbone: .venv/ready  ## train the demo's feature network again
 benchmark: .venv/ready  ## cost and error of our influence beside NumPy and the naive way (half an hour)
 	$(BIN)/python tests/benchmark/run.py $(if $(wildcard .peers-venv/ready),--peers .peers-venv/bin/python)
 
-scaling: .venv/ready  ## seconds and memory against n, to a million rows on disk (8 GB, half an hour)
+scaling: .venv/ready  ## seconds and memory against n, to a million rows on disk (8 GB, a quarter of an hour)
 	$(BIN)/python tests/benchmark/scaling.py
 
 crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside dattri's and kronfluence's

@@ -385,8 +385,7 @@ def dense_hessian(objective):
     with tqdm(total=objective.p, desc="Hessian", unit="column", leave=False) as bar:
         for first, last in pairwise([*kernels, len(objective.sizes)]):
             own = range(ends[first], ends[last])
-            for columns in _slabs(own):
-                identity = np.eye(objective.p)[:, columns]
+            for columns, identity in _identity(objective.p, own):
                 h[:, columns] = _product(objective, identity, _hvp, None, first, last)
             bar.update(len(own))
     return np.tril(h) + np.tril(h, -1).T
@@ -402,10 +401,9 @@ def dense_gauss_newton(objective):
     if objective.head:
         return objective.head.hessian(objective.theta)
     if not is_vectorisable(objective):
-        identity, slabs = np.eye(objective.p), _slabs(range(objective.p))
-        g = np.empty_like(identity)
-        for columns in slabs:
-            g[:, columns] = gauss_newton_product(objective, identity[:, columns])
+        g = np.empty((objective.p, objective.p))
+        for columns, identity in _identity(objective.p, range(objective.p)):
+            g[:, columns] = gauss_newton_product(objective, identity)
         return (g + g.T) / 2
     total = np.zeros((objective.p, objective.p))
     for x, y, weight in objective.batches(_rows_at_once(objective)):
@@ -444,8 +442,9 @@ def output_factors(objective, x, y):
     return vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
 
 
-def _slabs(columns, most=64):
-    """Cut a range into slices of one length (one graph), of at most 64; the last may overlap."""
+def _identity(p, columns, most=64):
+    """Yield slices of the columns, and I there, (p, k): of one width, one graph; some overlap."""
     width = -(-len(columns) // -(-len(columns) // most))
-    starts = (min(j, columns.stop - width) for j in columns[::width])
-    return [slice(j, j + width) for j in starts]
+    for start in columns[::width]:
+        start = min(start, columns.stop - width)
+        yield slice(start, start + width), np.eye(p, width, -start)
