@@ -201,7 +201,7 @@ def sum_of_products(gradient, parts):
     pairs = zip(gradient, parts, strict=True)
     # embeddings have IndexedSlices for gradients
     terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v) for g, v in pairs if g is not None]
-    return tf.add_n(terms)
+    return tf.add_n(terms) if terms else tf.zeros((), parts[0].dtype)
 
 
 def per_example_gradients(objective, x, y):

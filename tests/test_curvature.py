@@ -64,6 +64,25 @@ def test_dense_hessian_does_not_hang_on_the_order_of_the_variables(network):
     np.testing.assert_allclose(curvature.dense_hessian(other), h[np.ix_(order, order)], atol=1e-14)
 
 
+class WithALayerThatIsNotUsed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = keras.layers.Dense(2), keras.layers.Dense(3)
+        self.unused.build((None, 4))
+
+    def call(self, x, training=False):
+        return self.used(keras.ops.tanh(x)) ** 2
+
+
+def test_a_layer_that_is_not_used_curves_by_its_decay_alone():
+    x, y = np.random.default_rng(10).normal(size=(20, 4)), np.arange(20) % 2
+    objective = Objective(WithALayerThatIsNotUsed(), SOFTMAX, x, y, weight_decay=0.1, decayed="all")
+    h = curvature.dense_hessian(objective)
+    np.testing.assert_allclose(h, curvature.hvp(objective, np.eye(objective.p)), atol=1e-14)
+    assert objective.p == 10 + 15
+    np.testing.assert_array_equal(h[-15:], 0.1 * np.eye(objective.p)[-15:])
+
+
 def test_hvp_is_symmetric(network):
     objective, *_ = network
     u, v = np.random.default_rng(1).normal(size=(2, objective.p))
