@@ -217,15 +217,16 @@ def test_squared_error_has_the_hessian_of_a_quadratic():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 def test_memory_of_a_product_does_not_grow_with_the_data(tmp_path):
-    """Memory-mapped input, ten times the examples: the added data are not in memory.
+    """Memory-mapped input, ten times the examples: a tenth of the added data is not in memory.
 
-    The allocator's own noise is up to 30 MB on a busy machine; a copy of the data would be 184.
+    The allocator's own noise is some 7 MB on a peak of 30 to 50, and up to 30 where other work
+    holds a run up, so the better of two runs counts; a copy of the data would be 184 in both.
     """
     script = Path(__file__).with_name("memory_of_streaming.py")
     peaks = []
     for n in (20_000, 200_000):
         command = [sys.executable, script, str(n), str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks.append(float(done.stdout.split()[-1]))
+        runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(2))
+        peaks.append(min(float(done.stdout.split()[-1]) for done in runs))
     added = (200_000 - 20_000) * 256 * 4 / 1e6
-    assert peaks[1] - peaks[0] <= 0.3 * added, peaks
+    assert peaks[1] - peaks[0] <= 0.1 * added, peaks
