@@ -4,16 +4,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 SHELL := /bin/bash
 
-# Absolute, because notebooks run in another folder; a folder that is not there is refused.
-absolute = $(if $(1),$(or $(realpath $(1)),$(error $(2) names $(1), which does not exist)))
-ifneq ($(THESIS_DATA),)
-override THESIS_DATA := $(call absolute,$(THESIS_DATA),THESIS_DATA)
-export THESIS_DATA
-endif
-ifneq ($(KERAS_HOME),)
-override KERAS_HOME := $(call absolute,$(KERAS_HOME),KERAS_HOME)
-export KERAS_HOME
-endif
+# A relative THESIS_DATA or KERAS_HOME counts from here; JOBS is how many notebooks run at once.
+export THESIS_DATA KERAS_HOME
+PROFILE ?= demo
+TEST := $(BIN)/python -m pytest --nbval
+RUN := $(BIN)/python -m helpers.execute $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
@@ -31,28 +26,29 @@ help:  ## this list
 	@touch $@
 
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
-	$(BIN)/python -m helpers.execute --profile demo $(NOTEBOOKS)
+	$(RUN) --profile demo $(NOTEBOOKS)
 
 real: .venv/ready  ## the same on your photographs, MNIST, ... (THESIS_DATA, KERAS_HOME)
-	$(BIN)/python -m helpers.execute --profile real $(NOTEBOOKS)
+	$(RUN) --profile real $(NOTEBOOKS)
 
 thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
-	$(BIN)/python -m helpers.execute --profile thesis $(NOTEBOOKS)
+	$(RUN) --profile thesis $(NOTEBOOKS)
 
-test: .venv/ready  ## unit tests, notebook hygiene, and every notebook against its stored outputs
+test: .venv/ready  ## unit tests, and every notebook against its stored outputs, side by side
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
-	TQDM_DISABLE=1 $(BIN)/python -m pytest notebooks --nbval --nbval-current-env \
-	  --nbval-sanitize-with=tests/sanitize.cfg --nbval-cell-timeout=600 --nbval-kernel-startup-timeout=180
+	rm -rf runs/test
+	$(TEST) -n 0 notebooks/0[012]_*.ipynb
+	$(TEST) -n $(or $(JOBS),logical) notebooks/0[3-9]_*.ipynb notebooks/1[0-5]_*.ipynb tests
+	$(TEST) -n 0 notebooks/16_*.ipynb
 
 lab: .venv/ready  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-refresh: .venv/ready  ## re-execute the committed notebooks in place and update the README's table
-	$(BIN)/python -m helpers.execute --in-place $(NOTEBOOKS)
+refresh: .venv/ready  ## run demo notebooks and copy the run to what is committed; PROFILE=real: only copy
+	$(RUN) --profile $(PROFILE) --promote $(NOTEBOOKS)
 
 readme: .venv/ready  ## write the README's table and the verdict pages from the verdicts
-	$(BIN)/python -m helpers.reporting --readme
+	$(BIN)/python -m helpers.reporting
 
 site: .venv/ready  ## notebooks, figures and the API of `helpers` as a static site in runs/site/
 	CUDA_VISIBLE_DEVICES=-1 $(BIN)/sphinx-build -q -W --keep-going -c docs . runs/site

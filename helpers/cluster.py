@@ -50,7 +50,7 @@ def sweep(client, notebook, settings, folder):
     source, folder = Path(notebook).resolve(), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for parameters in settings:
+    for parameters in map(execute.plain, settings):
         text = source.read_bytes() + json.dumps(parameters, sort_keys=True).encode()
         name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:12]}.ipynb"
         jobs.append((source, folder / name, parameters))
@@ -61,8 +61,8 @@ def sweep(client, notebook, settings, folder):
 
 def _run(job):
     source, target, parameters = job
-    os.environ["THESIS_FIGURES"] = str(target.with_suffix(""))
+    os.environ["THESIS_RUNS"] = str(target.with_suffix(""))
     try:
         execute.run(source, target, parameters)
     finally:
-        del os.environ["THESIS_FIGURES"]
+        del os.environ["THESIS_RUNS"]

@@ -4,25 +4,37 @@ How this differs from plain papermill:
 1. an unknown parameter, or a value of another type than the default's, is an error;
 2. the parameters cell holds literals only, so an override can not leave a derived value behind;
 3. the output file appears when the run has succeeded; until then it is partial_NN_name.ipynb;
-4. stderr, widgets, timings and papermill's metadata are dropped, so runs repeat to the byte;
-5. notebooks run in the order of their numbers, because each reads what earlier ones wrote.
+4. stderr, widgets, timings and papermill's metadata are dropped;
+5. notebooks that do not read one another run side by side.
+
+A run writes into runs/<profile>/ and nowhere else; `--promote` copies it to what is committed.
 """
 
 import argparse
 import ast
 import os
+import shutil
+import subprocess
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
+import joblib
 import nbformat
+import numpy as np
 import papermill
 import yaml
 from nbconvert import HTMLExporter
+from tqdm import tqdm
 
-from helpers.reporting import all_verdicts, show_value, update_readme
-from helpers.runtime import PROFILES, ROOT, data_root, folder
+from helpers.reporting import committed, read_record, show_value, update_readme, verdicts_of
+from helpers.runtime import PROFILES, ROOT, data_root, folder, named_folder
+
+ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
+NOT_RUN = 2  # exit status where nothing was run because of what was asked for
 
 
 def declared_parameters(notebook):
@@ -42,12 +54,28 @@ def declared_parameters(notebook):
     return declared
 
 
+def plain(value):
+    """Return a parameter as JSON has it: lists for tuples and arrays, numbers for NumPy's."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"a parameter is a number, text, a list or a dict, not {value!r}")
+
+
 def checked(given, declared):
     """Return the given parameters, each known and of its default's type (an int may be a float)."""
+    given = plain(given)
     for name, value in given.items():
         if name not in declared:
             raise ValueError(f"unknown parameter '{name}'; there are {', '.join(sorted(declared))}")
-        default = declared[name]
+        default = plain(declared[name])
         allowed = (int, float) if isinstance(default, float) else type(default)
         if default is not None and (
             isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, allowed)
@@ -60,8 +88,8 @@ def checked(given, declared):
     return given
 
 
-def tidy(notebook, *, in_place):
-    """Drop what changes from run to run; `in_place` also drops the injected parameters cell."""
+def tidy(notebook, *, injected=True):
+    """Drop what changes from run to run; `injected=False` also drops the injected parameters."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {
@@ -70,7 +98,7 @@ def tidy(notebook, *, in_place):
         "name": "python3",
     }
     notebook.metadata["language_info"] = {"name": "python"}
-    if in_place:
+    if not injected:
         notebook.cells = [
             c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
         ]
@@ -99,30 +127,26 @@ def _joined(outputs):
     return joined
 
 
-def run(source, target, parameters=None, *, html=True):
-    """Execute a notebook with parameters into `target` (and .html); return the seconds it took."""
+def run(source, target, parameters=None):
+    """Execute a notebook with parameters into `target` and .html; return the seconds it took."""
     source, target = Path(source), Path(target)
-    notebook = nbformat.read(source, 4)
-    parameters = checked(parameters or {}, declared_parameters(notebook))
-    in_place = source.resolve() == target.resolve()
+    parameters = checked(parameters or {}, declared_parameters(nbformat.read(source, 4)))
     partial = target.with_name(f"partial_{target.name}")
     started = time.perf_counter()
     with _stderr_to(target.with_suffix(".log")):
         papermill.execute_notebook(
-            source,
-            partial,
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, partial)),
             parameters,
             cwd=source.parent,
             kernel_name="python3",
             language="python",
             progress_bar=False,
         )
-    executed = tidy(nbformat.read(partial, 4), in_place=in_place)
+    executed = tidy(nbformat.read(partial, 4))
     nbformat.write(executed, partial)
+    body, _ = HTMLExporter().from_notebook_node(executed)
+    target.with_suffix(".html").write_text(body, encoding="utf-8")
     partial.replace(target)
-    if html and not in_place:
-        body, _ = HTMLExporter().from_notebook_node(executed)
-        target.with_suffix(".html").write_text(body)
     return time.perf_counter() - started
 
 
@@ -131,7 +155,7 @@ def _stderr_to(path):
     """Send what the kernel logs to a file, which stays only if the run fails."""
     sys.stderr.flush()
     terminal = os.dup(2)
-    with open(path, "w") as log:
+    with open(path, "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 2)
     try:
         yield
@@ -141,64 +165,182 @@ def _stderr_to(path):
     path.unlink()
 
 
-def run_profile(profile, names, *, in_place=False):
-    """Run notebooks in order; return 0, or 1 after the first that fails, with its error."""
-    overrides = {}
-    if profile != "demo":
-        overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text()) or {}
-        print(f"data root: {data_root()}")
+def choose(names):
+    """Return the notebooks of these numbers or names, in order; all of them where none is named."""
     every = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    chosen = [p for p in every if not names or any(p.stem.startswith(n) for n in names)]
-    unknown = set(overrides) - {p.stem for p in every}
-    if unknown or not chosen:
-        raise ValueError(f"no notebook is called {sorted(unknown) or names}")
-    target = folder("notebooks") if in_place else folder("runs", profile)
-    for path in chosen:
-        print(f"{path.stem:24s}", end=" ", flush=True)
-        try:
-            seconds = run(path, target / path.name, overrides.get(path.stem))
-        except Exception as error:  # whatever stopped it, the reader wants the reason first
-            print(f"FAILED\n\n{_reason(error)}\n")
-            print(f"The cells that ran are in {target / f'partial_{path.name}'}")
-            return 1
-        print(f"{seconds:5.0f} s", flush=True)
-    return 0
+    known = {key: path for path in every for key in (path.stem, path.stem[:2])}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        numbers = " ".join(path.stem[:2] for path in every)
+        raise ValueError(f"there is no notebook {' and no '.join(unknown)}; there are {numbers}")
+    return sorted({known[name] for name in names}) if names else every
 
 
-def _reason(error):
-    if hasattr(error, "evalue"):  # an exception inside the notebook
-        return f"{error.ename}: {error.evalue}"
-    return f"{type(error).__name__}: {error}"
+def profile_parameters(profile, chosen):
+    """Return {notebook: parameters} of params/<profile>.yaml, checked; nothing for `demo`."""
+    if profile == "demo":
+        return {}
+    path = ROOT / "params" / f"{profile}.yaml"
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for notebook in chosen:
+        parameters = given.get(notebook.stem) or {}
+        if parameters.get("profile") != profile:
+            raise ValueError(
+                f"{path.relative_to(ROOT)} needs a line for {notebook.stem} that says "
+                f"`profile: {profile}`; it says {parameters.get('profile', 'nothing')}"
+            )
+        checked(parameters, declared_parameters(nbformat.read(notebook, 4)))
+    return given
 
 
-def print_verdicts(profile):
-    """Print the verdict table of a profile and where its files are."""
+def run_profile(profile, chosen, jobs=1):
+    """Run notebooks into runs/<profile>/, `jobs` at once; return those that failed."""
+    given, target = profile_parameters(profile, chosen), folder("runs", profile)
+    left, running, failed = list(chosen), {}, []
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
+        tqdm(total=len(chosen), unit="notebook", disable=None, leave=False) as bar,
+    ):
+        while running or (left and not failed):
+            while left and not failed and _may_start(left[0], running.values(), jobs):
+                path = left.pop(0)
+                _set_aside(target, path.stem)
+                task = pool.submit(_attempt, path, target / path.name, given.get(path.stem))
+                running[task] = path
+            bar.set_description(" ".join(path.stem[:2] for path in running.values()))
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                path, (done, outcome) = running.pop(task), task.result()
+                failed += [] if done else [path]
+                bar.write(f"{path.stem:24s} {outcome}")
+                bar.update()
+    if failed:
+        print(f"\nFAILED: {' '.join(path.stem for path in failed)}")
+        for partial in (target / f"partial_{path.name}" for path in failed):
+            if partial.exists():
+                print(f"The cells that ran are in {partial}")
+        if left:
+            print(f"Not run: {' '.join(path.stem for path in left)}")
+    return failed
+
+
+def _may_start(path, running, jobs):
+    """Return whether a notebook may run beside those that are running."""
+    numbers = {p.stem[:2] for p in running}
+    return not numbers or (len(numbers) < jobs and not (numbers | {path.stem[:2]}) & ALONE)
+
+
+def _set_aside(target, name):
+    """Move what an earlier run of a notebook left to runs/<profile>/earlier/."""
+    earlier = target / "earlier"
+    for path in [*target.glob(f"*{name}.*"), *(target / "figures").glob(f"{name[:2]}_*")]:
+        earlier.mkdir(exist_ok=True)
+        path.replace(earlier / path.name)
+
+
+def _attempt(source, target, parameters):
+    """Run a notebook; return whether it succeeded, and the seconds it took or why it failed."""
+    try:
+        return True, f"{run(source, target, parameters):5.0f} s"
+    except Exception as error:  # whatever stopped it, the reader wants the reason first
+        name = getattr(error, "ename", type(error).__name__)  # of an exception in the notebook
+        return False, f"FAILED\n\n{name}: {getattr(error, 'evalue', error)}\n"
+
+
+def share_cores(jobs):
+    """Give each of `jobs` processes at once its share of the cores, where nobody has said more."""
+    if jobs > 1:
+        share = str(max(1, joblib.cpu_count() // jobs))
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+            os.environ.setdefault(name, share)
+        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+
+
+def print_verdicts(profile, chosen):
+    """Print the verdicts of the notebooks that were run, and where their files are."""
     print()
-    for row in all_verdicts(profile).itertuples():
+    for row in verdicts_of(folder("runs", profile, "figures"), chosen).itertuples():
         print(
             f"{row.notebook[:2]}  {row.verdict:14s}  {row.id:28s} {show_value(row):>24s}"
             f"   {row.criterion}"
         )
-    print(f"\nExecuted notebooks: runs/{profile}/*.html   figures: figures/{profile}/")
+    where = folder("runs", profile)
+    print(f"\nExecuted notebooks: {where}/*.html   figures: {where}/figures/")
+
+
+def promote(profile, chosen):
+    """Copy finished runs to what is committed: figures/<profile>/ and, of `demo`, notebooks/.
+
+    Of the other profiles only numbers are copied, no picture, and only from a run of the code that
+    is committed.
+    """
+    runs = folder("runs", profile)
+    for notebook in chosen:
+        record = runs / "figures" / f"{notebook.stem[:2]}_verdicts.json"
+        if not (runs / notebook.name).exists() or not record.exists():
+            raise ValueError(f"{runs} holds no finished run of {notebook.stem}")
+        if profile != "demo":
+            _refuse_other_code(notebook.stem, read_record(record)["commit"])
+    for notebook in chosen:
+        number, kinds = notebook.stem[:2], ("json", "png") if profile == "demo" else ("json",)
+        for kind in kinds:
+            for old in committed(profile).glob(f"{number}_*.{kind}"):
+                old.unlink()
+            for new in (runs / "figures").glob(f"{number}_*.{kind}"):
+                shutil.copy(new, committed(profile))
+        if profile == "demo":
+            executed = tidy(nbformat.read(runs / notebook.name, 4), injected=False)
+            nbformat.write(executed, notebook)
+    update_readme()
+
+
+def _refuse_other_code(name, commit):
+    """Raise where a run's code is not the committed one, or where the tree has changes."""
+    if _git("status", "--porcelain").stdout:
+        raise ValueError("the tree has uncommitted changes: commit or remove them first")
+    code = ("helpers", "notebooks", "params")
+    if commit.endswith("-dirty") or _git("diff", "--quiet", commit, "HEAD", "--", *code).returncode:
+        raise ValueError(f"{name} was run with other code ({commit}) than is committed")
+
+
+def _git(*words):
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
 
 
 def main(arguments=None):
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=PROFILES, default="demo")
-    parser.add_argument("--in-place", action="store_true", help="re-execute notebooks/ (demo only)")
+    parser.add_argument("--jobs", type=int, help="notebooks at once; demo: one a core, else 1")
+    parser.add_argument("--promote", action="store_true", help="copy a run to what is committed")
     parser.add_argument("notebooks", nargs="*", help="numbers or names; all by default")
     options = parser.parse_args(arguments)
+    profile, only_copy = options.profile, options.promote and options.profile != "demo"
+    jobs = options.jobs or (joblib.cpu_count() if profile == "demo" else 1)
+    try:
+        chosen = choose(options.notebooks)
+        profile_parameters(profile, chosen)
+        named_folder("KERAS_HOME")
+        root = data_root()
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return NOT_RUN
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    if options.in_place and options.profile != "demo":
-        parser.error("--in-place is for the demo profile: its outputs are the committed ones")
-    status = run_profile(options.profile, options.notebooks, in_place=options.in_place)
-    if status == 0 and not options.in_place:
-        print_verdicts(options.profile)
-    elif status == 0:
-        update_readme()
-    return status
+    share_cores(jobs)
+    if not only_copy:
+        if profile != "demo":
+            print(f"data root: {root}")
+        if run_profile(profile, chosen, jobs):
+            return 1
+    if options.promote:
+        try:
+            promote(profile, chosen)
+        except ValueError as error:
+            print(f"Nothing was copied: {error}.", file=sys.stderr)
+            return NOT_RUN
+    else:
+        print_verdicts(profile, chosen)
+    return 0
 
 
 if __name__ == "__main__":

@@ -116,12 +116,12 @@ def _extract(manifest, backbone, batch_size, cache, key):
     done, partial = cache / f"{key}.npy", cache / f"{key}.partial.npy"
     record = cache / f"{key}.json"
     if done.exists() and record.exists():
-        if json.loads(record.read_text())["sha256"] == _sha256(done):
+        if json.loads(record.read_text(encoding="utf-8"))["sha256"] == _sha256(done):
             return np.load(done)
         print(f"{done.name} is damaged (checksum differs): extracting again.")
     _fill(manifest, backbone, batch_size, partial)
     note = {"sha256": _sha256(partial), "backbone": backbone.name, "pictures": len(manifest)}
-    record.write_text(json.dumps(note, indent=1))
+    record.write_text(json.dumps(note, indent=1), encoding="utf-8")
     partial.replace(done)
     partial.with_suffix(".progress").unlink()
     return np.load(done)
@@ -147,7 +147,7 @@ def _fill(manifest, backbone, batch_size, partial):
     """Write features batch by batch; `.progress` counts the rows that are safely on disk."""
     n, d = len(manifest), int(backbone.model.output_shape[-1])
     progress = partial.with_suffix(".progress")
-    done = progress.read_text() if partial.exists() and progress.exists() else ""
+    done = progress.read_text(encoding="utf-8") if partial.exists() and progress.exists() else ""
     start = int(done) if done.isdigit() else 0
     needed, free = 0 if start else 4 * n * d, shutil.disk_usage(partial.parent).free
     if free < needed + 2**16:
@@ -165,7 +165,7 @@ def _fill(manifest, backbone, batch_size, partial):
         batch = everything[rows] if drawn else datasets.pictures(manifest[rows], backbone.size)
         array[rows] = measure(batch, backbone, batch_size=batch_size)
         array.flush()
-        progress.write_text(str(min(first + batch_size, n)))
+        progress.write_text(str(min(first + batch_size, n)), encoding="utf-8")
         bar.update(len(batch))
     bar.close()
 

@@ -1,8 +1,8 @@
 """Figures with the numbers behind them, picture grids, and verdict tables.
 
 Every notebook ends in verdicts: a claim, a criterion, a value, and one of the four words below.
-They are written to figures/<profile>/NN_verdicts.json; `python -m helpers.reporting demo` prints
-them all.
+A run writes them to runs/<profile>/figures/NN_verdicts.json, beside the figures. figures/<profile>/
+holds the committed ones, from which the README's table and the pages of verdicts are made.
 """
 
 import io
@@ -10,7 +10,6 @@ import json
 import platform
 import re
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +74,7 @@ def verdict_table(verdicts):
 
 
 def write_verdicts(notebook, profile, parameters, verdicts):
-    """Write figures/<profile>/NN_verdicts.json and return the table to show.
+    """Write runs/<profile>/figures/NN_verdicts.json and return the table to show.
 
     `real` and `thesis` results carry the commit, versions and date they were made with; `demo`
     results are the same wherever the locked packages run, so they carry the versions only.
@@ -101,8 +100,8 @@ def write_verdicts(notebook, profile, parameters, verdicts):
             "date": datetime.now(UTC).date().isoformat(),
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
         }
-    path = folder("figures", profile) / f"{notebook[:2]}_verdicts.json"
-    path.write_text(json.dumps(_plain(record), indent=1) + "\n")
+    path = folder("runs", profile, "figures") / f"{notebook[:2]}_verdicts.json"
+    path.write_text(json.dumps(_plain(record), indent=1) + "\n", encoding="utf-8")
     return verdict_table(verdicts)
 
 
@@ -126,7 +125,7 @@ def _git(*words):
 
 
 def save_figure(figure, name, profile, **numbers):
-    """Write figures/<profile>/<name>.png, the plotted numbers as <name>.json; return the picture.
+    """Write runs/<profile>/figures/<name>.png and the plotted numbers as <name>.json; return it.
 
     What a notebook shows is the file itself, so the two can not differ. A palette of 128 colours
     keeps sheets of pictures small.
@@ -135,13 +134,13 @@ def save_figure(figure, name, profile, **numbers):
     from IPython.display import Image
     from PIL import Image as Raster
 
-    path = folder("figures", profile) / f"{name}.png"
+    path = folder("runs", profile, "figures") / f"{name}.png"
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 100))
     plt.close(figure)
     Raster.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
     if numbers:
-        path.with_suffix(".json").write_text(json.dumps(_plain(numbers)) + "\n")
+        path.with_suffix(".json").write_text(json.dumps(_plain(numbers)) + "\n", encoding="utf-8")
     return Image(path)
 
 
@@ -193,13 +192,31 @@ def captions(table, rows, nats):
     return [f"{i} {k}\n{v:+.2g}" for i, k, v in zip(rows, kinds, nats, strict=True)]
 
 
-def all_verdicts(profile):
-    """Return the verdicts of every notebook of a profile as one table, in notebook order."""
+def committed(profile):
+    """Return the folder of a profile's committed verdicts and figures."""
+    return ROOT / "figures" / profile
+
+
+def results(profile):
+    """Return the folder of a profile's last run; of the committed verdicts where none was made."""
+    of_run = folder("runs", profile, "figures")
+    others = [path for path in of_run.glob("[0-9][0-9]_verdicts.json") if path.name[:2] != "16"]
+    return of_run if others else committed(profile)
+
+
+def read_record(path):
+    """Return what `write_verdicts` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def verdicts_of(where, chosen=None):
+    """Return the verdicts in a folder, of all or of some notebooks, as one table in their order."""
     tables = []
-    for path in sorted((ROOT / "figures" / profile).glob("[0-9][0-9]_verdicts.json")):
-        record = json.loads(path.read_text())
-        table = pd.DataFrame(record["verdicts"], columns=Verdict._fields)
-        tables.append(table.assign(notebook=record["notebook"]))
+    for path in sorted(where.glob("[0-9][0-9]_verdicts.json")):
+        record = read_record(path)
+        if chosen is None or record["notebook"] in {p.stem for p in chosen}:
+            table = pd.DataFrame(record["verdicts"], columns=Verdict._fields)
+            tables.append(table.assign(notebook=record["notebook"]))
     if not tables:
         return pd.DataFrame(columns=["notebook", *Verdict._fields])
     return pd.concat(tables, ignore_index=True)
@@ -209,22 +226,22 @@ def notebooks():
     """Return the committed notebooks as a table: their question (the title) and their answer."""
     rows = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        title = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         question = title.partition(" · ")[2].partition("\n")[0]
         answer = " ".join(title.partition("**Answer.**")[2].partition("\n\n")[0].split())
         rows.append((path.stem, question, answer))
     return pd.DataFrame(rows, columns=["notebook", "question", "answer"])
 
 
-def counts(profile):
+def counts(where):
     """Return how many verdicts of each word a notebook has: one row a notebook, columns WORDS."""
-    table = all_verdicts(profile)
+    table = verdicts_of(where)
     return pd.crosstab(table["notebook"], table["verdict"]).reindex(columns=WORDS, fill_value=0)
 
 
 def summary_page():
     """Return the README's table: one line a notebook, how its claims fared in demo and real."""
-    tables = [counts(profile) for profile in ("demo", "real")]
+    tables = [counts(committed(profile)) for profile in ("demo", "real")]
     lines = ["| notebook | question | in short | drawn | real |", "| --- | --- | --- | --- | --- |"]
     for row in notebooks().itertuples():
         fared = [
@@ -237,19 +254,25 @@ def summary_page():
 
 
 def verdict_page(profile):
-    """Return figures/<profile>/VERDICTS.md: every verdict and, where they may be shown, figures."""
-    table, lines = all_verdicts(profile), [f"# Every verdict of the profile `{profile}`", ""]
+    """Return figures/<profile>/VERDICTS.md: every verdict, and of `demo` its answers and figures.
+
+    The notebooks' answers are the demo's; those of photographs stand in the values alone.
+    """
+    where, drawn = committed(profile), profile == "demo"
+    table, lines = verdicts_of(where), [f"# Every verdict of the profile `{profile}`", ""]
     for row in notebooks().itertuples():
         own = table[table["notebook"] == row.notebook]
         title = _link(row.notebook, f"{row.notebook[:2]} · {row.question}", up="../../")
-        lines += [f"## {title}", "", row.answer if len(own) else "Not run yet.", ""]
+        lines += [f"## {title}", ""]
+        if drawn or not len(own):
+            lines += [row.answer if len(own) else "Not run yet.", ""]
         if len(own):
             lines += ["| claim | criterion | value | verdict |", "| --- | --- | --- | --- |"]
         for v in own.itertuples():
             cells = [f"{v.claim} (`{v.id}`)", v.criterion, show_value(v), v.verdict]
             lines.append(_markdown_row(cells))
-        if profile == "demo":  # photographs are not ours to show
-            figures = sorted((ROOT / "figures" / profile).glob(f"{row.notebook[:2]}_*.png"))
+        if drawn:  # photographs are not ours to show
+            figures = sorted(where.glob(f"{row.notebook[:2]}_*.png"))
             lines += [f"\n![{f.stem.replace('_', ' ')}]({f.name})" for f in figures]
         lines.append("")
     return "\n".join(lines)
@@ -273,14 +296,13 @@ def update_readme(path=None):
     """Rewrite the README's table between its markers, and figures/<profile>/VERDICTS.md."""
     path = Path(path or ROOT / "README.md")
     start, end = "<!-- notebooks -->", "<!-- end notebooks -->"
-    head, rest = path.read_text().split(start)
-    path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}")
+    head, rest = path.read_text(encoding="utf-8").split(start)
+    path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
     for profile in ("demo", "real"):
-        (folder("figures", profile) / "VERDICTS.md").write_text(verdict_page(profile))
+        page = committed(profile) / "VERDICTS.md"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(verdict_page(profile), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--readme"]:
-        update_readme()
-    else:
-        print(verdict_page(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    update_readme()

@@ -21,9 +21,9 @@ def start(profile="demo", seed=0, *, threads=None):
     """Prepare a notebook's kernel; call it before anything imports TensorFlow.
 
     Mathematics runs in float64. In `demo` oneDNN is off and operations are deterministic, so that
-    stored outputs are the same on every CPU; the other profiles keep oneDNN, which makes backbones
-    two to three times faster. `threads` = 1 adds all sums in one order: where the training of a
-    network ends can hang on their last digit.
+    results hardly differ from one CPU to the next; the other profiles keep oneDNN, which makes
+    backbones two to three times faster. What the environment sets stands above both. `threads` = 1
+    adds all sums in one order: where the training of a network ends can hang on their last digit.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile='{profile}' is not known; choose one of {', '.join(PROFILES)}.")
@@ -31,13 +31,17 @@ def start(profile="demo", seed=0, *, threads=None):
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TF_ENABLE_ONEDNN_OPTS": "0" if profile == "demo" else "1",
     }
-    late = [name for name, value in settings.items() if os.environ.get(name) != value]
+    late = [name for name in settings if name not in os.environ]
     if late and "tensorflow" in sys.modules:
         raise RuntimeError(
             f"TensorFlow is already imported, too late for {', '.join(late)}: restart the kernel "
             "and call runtime.start first, before any helper but `runtime` is imported."
         )
-    os.environ.update(settings)
+    os.environ.update({name: settings[name] for name in late})
+    keras_home = named_folder("KERAS_HOME")
+    os.environ.pop("KERAS_HOME", None)
+    if keras_home:
+        os.environ["KERAS_HOME"] = str(keras_home)
     import keras
     import tensorflow as tf
 
@@ -68,24 +72,33 @@ def start(profile="demo", seed=0, *, threads=None):
     np.set_printoptions(precision=3, suppress=True)
 
 
+def named_folder(variable):
+    """Return the folder that an environment variable names; None where it is unset or empty.
+
+    A relative path counts from the root of the project, in a terminal as in a notebook.
+    """
+    named = os.environ.get(variable)
+    if not named:
+        return None
+    path = (ROOT / Path(named).expanduser()).resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{variable} names {path}, which is no folder.")
+    return path
+
+
 def data_root():
     """Return the folder that holds the data sets: `THESIS_DATA` if set, else data/raw."""
-    named = os.environ.get("THESIS_DATA")
-    if named is None:
-        return ROOT / "data" / "raw"
-    if not Path(named).is_dir():
-        raise FileNotFoundError(f"THESIS_DATA names {named}, which is no folder.")
-    return Path(named).resolve()
+    return named_folder("THESIS_DATA") or ROOT / "data" / "raw"
 
 
 def folder(*parts):
     """Return ROOT/parts as a folder that exists and can be written to.
 
-    `THESIS_FIGURES` stands for ROOT/figures, so that two runs do not overwrite each other's.
+    `THESIS_RUNS` stands for ROOT/runs, so that two runs do not overwrite each other's.
     """
     path = ROOT.joinpath(*parts)
-    if parts[0] == "figures":
-        path = Path(os.environ.get("THESIS_FIGURES", ROOT / "figures")).joinpath(*parts[1:])
+    if parts[0] == "runs":
+        path = (ROOT / (os.environ.get("THESIS_RUNS") or "runs")).joinpath(*parts[1:])
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):

@@ -1,12 +1,88 @@
-"""nbval: compare the text of tables once, and wait a minute for a slow cell's output."""
+"""nbval in this project: where runs write, what they are held against, a line a notebook.
+
+Outputs are compared within the tolerances of tests/tolerances.py, and behind a notebook's last cell
+its verdicts too, number by number.
+"""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tolerances
+from nbval.plugin import IPyNbCell
+
+from helpers import execute, reporting, runtime
+
+os.environ.setdefault("THESIS_RUNS", "runs/test")
+os.environ["TQDM_DISABLE"] = "1"
+execute.share_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+LEFT, STARTED = Counter(), {}  # of each notebook: cells to come, when its first one began
+
+
+class Output(str):
+    """A stored or fresh output of a notebook; equal where they differ by no more than allowed."""
+
+    notebook = ""
+
+    def __ne__(self, fresh):
+        return (
+            tolerances.text_difference(f"{self.notebook}/text", str(self), str(fresh)) is not None
+        )
+
+    __hash__ = str.__hash__
+
+
+def sanitize(cell, text, original=IPyNbCell.sanitize):
+    """Return what nbval compares: texts as an Output of their notebook."""
+    text = original(cell, text)
+    if isinstance(text, str):
+        text = Output(text)
+        text.notebook = cell.parent.path.stem[:2]
+    return text
+
+
+IPyNbCell.sanitize = sanitize
 
 
 def pytest_collectstart(collector):
+    """Compare the text of tables, not their HTML."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("text/html",)
 
 
 def pytest_collection_modifyitems(items):
+    """Wait a minute for a slow cell's output; know each notebook's cells."""
     for item in items:
-        if hasattr(item, "output_timeout"):
+        if isinstance(item, IPyNbCell):
             item.output_timeout = 60
+            LEFT[item.path.stem] += 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """After a notebook's last cell, hold its verdicts against the committed ones."""
+    yield
+    if isinstance(item, IPyNbCell) and "write_verdicts" in item.cell.source:
+        name = f"{item.path.stem[:2]}_verdicts.json"
+        fresh = runtime.folder("runs", "demo", "figures") / name
+        old, new = (reporting.read_record(p) for p in (reporting.committed("demo") / name, fresh))
+        differences = tolerances.verdict_differences(old, new)
+        if differences:
+            item.raise_cell_error("Verdicts differ", "\n".join(differences))
+
+
+def pytest_runtest_logreport(report):
+    """Print a line for each notebook that is done."""
+    path = Path(report.nodeid.partition("::")[0])
+    if path.suffix != ".ipynb":
+        return
+    STARTED.setdefault(path.stem, report.start)
+    LEFT[path.stem] -= report.when == "teardown"
+    if (
+        LEFT[path.stem] == 0
+        and report.when == "teardown"
+        and not os.environ.get("PYTEST_XDIST_WORKER")
+    ):
+        print(f"\n{path.stem:24s} {time.time() - STARTED[path.stem]:5.0f} s")

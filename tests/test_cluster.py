@@ -84,7 +84,7 @@ def test_what_fails_is_tried_again_and_then_raised(client, tmp_path):
 def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_path):
     work = "from pathlib import Path\nprint('n is', n)\nPath(log).open('a').write(f'{n}\\n')\n"
     where = f"import sys\nsys.path.insert(0, {str(runtime.ROOT)!r})\nfrom helpers import runtime\n"
-    where += "(runtime.folder('figures', 'demo') / f'{n}.json').touch()"
+    where += "(runtime.folder('runs', 'demo') / f'{n}.json').touch()"
     log = str(tmp_path / "log")
     cells = [nbformat.v4.new_code_cell(text) for text in ("n = 1\nlog = ''", work, where)]
     cells[0].metadata["tags"] = ["parameters"]
@@ -98,7 +98,7 @@ def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_pa
     settings.append({"n": 7, "log": log})
     again = cluster.sweep(client, tmp_path / "00_a.ipynb", settings, tmp_path / "runs")
     assert again[:2] == paths
-    assert sorted((tmp_path / "log").read_text().split()) == ["3", "5", "7"]
+    assert sorted((tmp_path / "log").read_text(encoding="utf-8").split()) == ["3", "5", "7"]
     with pytest.raises(ValueError, match="unknown parameter 'm'"):
         cluster.sweep(client, tmp_path / "00_a.ipynb", [{"m": 1}], tmp_path / "runs")
 

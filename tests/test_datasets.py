@@ -79,7 +79,7 @@ def test_every_subtype_is_in_both_halves(photos):
     lines = ["file,label,subtype"]
     for label in ("airplane", "car"):
         lines += [f"{label}/{label}{k}.jpg,{label},{label}{k % 2}" for k in range(10)]
-    (photos / "manifest.csv").write_text("\n".join(lines))
+    (photos / "manifest.csv").write_text("\n".join(lines), encoding="utf-8")
     manifest = datasets.photos(photos, n_train=6, n_test=4)
     assert manifest.groupby(["subtype", "split"]).size().tolist() == [2, 3] * 4
 
@@ -102,7 +102,9 @@ def test_a_third_class_and_too_few_pictures_are_refused(photos):
 
 
 def test_a_manifest_that_names_absent_files_is_refused(photos):
-    (photos / "manifest.csv").write_text("file,label,subtype\ncar/none.jpg,car,jeep\n")
+    (photos / "manifest.csv").write_text(
+        "file,label,subtype\ncar/none.jpg,car,jeep\n", encoding="utf-8"
+    )
     with pytest.raises(datasets.DataMissing, match=r"none\.jpg"):
         datasets.photos(photos)
 
@@ -183,7 +185,7 @@ def test_enron_missing_damaged_packed_and_unpacked(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for k in range(20):
             (folder / f"{k:02d}.{label}.txt").write_bytes(f"{text} caf\xe9 7".encode("latin-1"))
-    (tmp_path / "spam" / "enron1" / "Summary.txt").write_text("no e-mail")
+    (tmp_path / "spam" / "enron1" / "Summary.txt").write_text("no e-mail", encoding="utf-8")
     with pytest.raises(ValueError, match="not Enron1"):
         datasets.enron()
     mails = datasets._enron1(tmp_path / "spam")
@@ -215,7 +217,7 @@ def test_a_data_root_that_is_not_there_is_refused(monkeypatch, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "ROOT", tmp_path)
-    (tmp_path / "figures").write_text("a file where a folder should be")
+    (tmp_path / "figures").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(PermissionError, match="Cannot write to"):
         runtime.folder("figures", "demo")
     monkeypatch.setattr("os.access", lambda *_: False)

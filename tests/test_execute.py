@@ -58,7 +58,7 @@ def test_a_run_writes_the_notebook_and_its_html(tmp_path):
     assert executed.cells[2].outputs[0].text == "42\n"
     assert executed.cells[3].outputs == []
     assert "papermill" not in executed.metadata
-    assert "42" in (tmp_path / "out.html").read_text()
+    assert "42" in (tmp_path / "out.html").read_text(encoding="utf-8")
     assert not list(tmp_path.glob("partial_*.ipynb")) + list(tmp_path.glob("*.log"))
 
 

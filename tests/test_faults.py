@@ -104,7 +104,7 @@ def test_nothing_from_others_is_unpickled(tmp_path):
     lam.save(tmp_path / "theirs.keras")
     with pytest.raises(ValueError, match="safe_mode"):
         features.load_backbone(str(tmp_path / "theirs.keras"))
-    sources = [p.read_text() for p in (runtime.ROOT / "helpers").glob("*.py")]
+    sources = [p.read_text(encoding="utf-8") for p in (runtime.ROOT / "helpers").glob("*.py")]
     assert not [s for s in sources if "allow_pickle=True" in s or "safe_mode=False" in s]
 
 

@@ -71,7 +71,9 @@ def test_the_last_code_cell_is_the_verdict(name):
     cell = code(name)[-1]
     assert "write_verdicts" in cell.source
     assert "nbval-ignore-output" not in cell.metadata.get("tags", [])
-    record = json.loads((ROOT / "figures" / "demo" / f"{name[:2]}_verdicts.json").read_text())
+    record = json.loads(
+        (ROOT / "figures" / "demo" / f"{name[:2]}_verdicts.json").read_text(encoding="utf-8")
+    )
     shown = cell.outputs[0]["data"]["text/plain"]
     for verdict in record["verdicts"]:
         assert verdict["id"] in shown
@@ -96,7 +98,7 @@ def test_at_least_as_much_prose_as_a_cell_in_three(name):
 
 @pytest.mark.parametrize("profile", ["real", "thesis"])
 def test_profiles_override_parameters_that_exist(profile):
-    overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text())
+    overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text(encoding="utf-8"))
     assert set(overrides) <= set(NOTEBOOKS)
     for name, given in overrides.items():
         checked(given, declared_parameters(NOTEBOOKS[name]))
@@ -107,10 +109,10 @@ def test_profiles_override_parameters_that_exist(profile):
 
 def test_readme_and_verdict_pages_are_those_of_the_committed_verdicts():
     """`make readme` writes them."""
-    assert reporting.summary_page() in (ROOT / "README.md").read_text()
+    assert reporting.summary_page() in (ROOT / "README.md").read_text(encoding="utf-8")
     for profile in ("demo", "real"):
         page = ROOT / "figures" / profile / "VERDICTS.md"
-        assert page.read_text() == reporting.verdict_page(profile)
+        assert page.read_text(encoding="utf-8") == reporting.verdict_page(profile)
 
 
 def test_imports_between_helpers_only_point_down():
@@ -136,7 +138,7 @@ def test_imports_between_helpers_only_point_down():
     ]
     level = {module: k for k, layer in enumerate(layers) for module in layer}
     for path in (ROOT / "helpers").glob("[a-z]*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
                 names = (
@@ -161,5 +163,5 @@ def test_mathematics_touches_no_files():
         "retraining",
         "network_retraining",
     ):
-        text = Path(ROOT / "helpers" / f"{module}.py").read_text()
+        text = Path(ROOT / "helpers" / f"{module}.py").read_text(encoding="utf-8")
         assert not re.search(r"open\(|Path\(|matplotlib|import json|datasets", text), module

@@ -7,14 +7,14 @@ import sys
 
 from helpers.runtime import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_link_and_every_target_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert len(links) > 20
     assert not [link for link in links if not (ROOT / link).exists()]
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     commands = set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.M))
     assert {"reproduce", "lab", "test", "site"} <= commands <= targets
 

@@ -31,7 +31,9 @@ def test_verdicts_are_written_and_read_back(tmp_path):
     table = reporting.write_verdicts("04_influence", "demo", {"seed": 0}, verdicts())
     assert table["verdict"].tolist() == ["reproduced", "partly", "not reproduced", "not run"]
     assert table["value"].tolist() == ["1.23", "0.5", "below 1e-9", "-"]
-    record = json.loads((tmp_path / "figures" / "demo" / "04_verdicts.json").read_text())
+    record = json.loads(
+        (tmp_path / "figures" / "demo" / "04_verdicts.json").read_text(encoding="utf-8")
+    )
     assert record["parameters"] == {"seed": 0}
     assert record["verdicts"][0] == {
         "id": "a",
@@ -55,7 +57,7 @@ def test_an_interval_is_shown_with_its_value_and_read_back(tmp_path):
     assert table["value"].tolist() == ["0.0667 (0.02 to 0.21)", "0.0667", "0.0667"]
     shown = [reporting.show_value(row) for row in reporting.all_verdicts("demo").itertuples()]
     assert shown == table["value"].tolist()
-    text = (tmp_path / "figures" / "demo" / "11_verdicts.json").read_text()
+    text = (tmp_path / "figures" / "demo" / "11_verdicts.json").read_text(encoding="utf-8")
     assert json.loads(text)["verdicts"][0]["interval"] == [0.02, 0.21]
     assert text.count("interval") == 1
 
@@ -67,23 +69,27 @@ def test_readme_and_verdict_page_are_rewritten(tmp_path):
         answer = f"**Answer.** Short. It is\nso, on {'x' * 60}. And more.\n\nNo."
         title = f"# {name[:2]} · Why?\n\n{answer}"
         cell = {"cell_type": "markdown", "source": title.splitlines(keepends=True)}
-        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(json.dumps({"cells": [cell]}))
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(
+            json.dumps({"cells": [cell]}), encoding="utf-8"
+        )
     (tmp_path / "figures" / "demo" / "04_picture.png").touch()
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n", encoding="utf-8"
+    )
     reporting.update_readme(readme)
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     assert "old" not in text
     answer = f"Short. It is so, on {'x' * 60}."
     assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | 1 / 1 / 1 / 1 | - |" in text
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text()
+    page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")
     assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in page
     assert "![04 picture](04_picture.png)" in page
     assert "Not run yet." in page
-    assert ".png" not in (tmp_path / "figures" / "real" / "VERDICTS.md").read_text()
+    assert ".png" not in (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
 
 
 def test_figures_store_their_numbers(tmp_path):
@@ -95,7 +101,9 @@ def test_figures_store_their_numbers(tmp_path):
         figure, "00_line", "demo", y=np.array([1 / 3, np.nan]), n=np.int64(2)
     )
     assert (tmp_path / "figures" / "demo" / "00_line.png").read_bytes() == shown.data
-    stored = json.loads((tmp_path / "figures" / "demo" / "00_line.json").read_text())
+    stored = json.loads(
+        (tmp_path / "figures" / "demo" / "00_line.json").read_text(encoding="utf-8")
+    )
     assert stored == {"y": [0.333333, None], "n": 2}
     assert not plt.get_fignums()
 

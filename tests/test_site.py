@@ -46,7 +46,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.links, self.anchors = [], {""}
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
@@ -94,10 +94,10 @@ def test_pages_open_on_a_phone_without_errors(site, tmp_path):
     documents = [ROOT / "README.md", *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("figures/*/*.md")]
     names = [str(p.relative_to(ROOT).with_suffix(".html")) for p in documents if ".p" not in p.stem]
     pages = ["index.html", "docs/api.html", *names]
-    (site / "check.html").write_text(CHECK % (PHONE, json.dumps(pages)))
+    (site / "check.html").write_text(CHECK % (PHONE, json.dumps(pages)), encoding="utf-8")
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
-        open(tmp_path / "log", "w+") as log,
+        open(tmp_path / "log", "w+", encoding="utf-8") as log,
     ):
         server.folder, server.seen = str(site), queue.Queue()
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -109,7 +109,7 @@ def test_pages_open_on_a_phone_without_errors(site, tmp_path):
             finally:
                 browser.terminate()
                 server.shutdown()
-    console = re.findall(r".*CONSOLE.*", (tmp_path / "log").read_text())
+    console = re.findall(r".*CONSOLE.*", (tmp_path / "log").read_text(encoding="utf-8"))
     assert [s["page"] for s in seen] == pages
     assert all(s["text"] > 200 for s in seen)
     assert not [s for s in seen if s["missing"]]

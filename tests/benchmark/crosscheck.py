@@ -57,7 +57,7 @@ def main():
             rows.append(row)
             print(row, flush=True)
     path = Path(__file__).resolve().parents[2] / "figures" / "benchmark" / "crosscheck.json"
-    path.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    path.write_text(json.dumps(rows, indent=1, default=float) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

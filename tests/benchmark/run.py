@@ -234,7 +234,11 @@ def draw(rows, path):
 
 def processor():
     """Return the processor's name and the number of its cores that are ours."""
-    lines = [Path("/proc/cpuinfo").read_text()] if Path("/proc/cpuinfo").exists() else [""]
+    lines = (
+        [Path("/proc/cpuinfo").read_text(encoding="utf-8")]
+        if Path("/proc/cpuinfo").exists()
+        else [""]
+    )
     names = [w.split(":")[1].strip() for w in lines[0].splitlines() if w.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{names[0] if names else platform.processor()}, {cores} cores, no GPU used"
@@ -294,7 +298,7 @@ def main():
         return
     swept = scaling()
     draw(swept, folder / "benchmark.png")
-    (folder / "benchmark.md").write_text(markdown(rows, ratios, fits, machine))
+    (folder / "benchmark.md").write_text(markdown(rows, ratios, fits, machine), encoding="utf-8")
     record = {
         "machine": machine,
         "rows": rows,
@@ -302,7 +306,9 @@ def main():
         "refits": fits,
         "scaling": swept,
     }
-    (folder / "benchmark.json").write_text(json.dumps(record, indent=1, default=float) + "\n")
+    (folder / "benchmark.json").write_text(
+        json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

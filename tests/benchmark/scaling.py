@@ -55,7 +55,7 @@ def write(path, n):
 
 def anonymous():
     """Return the anonymous resident memory of this process in MB."""
-    text = Path("/proc/self/status").read_text()
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(text.split("RssAnon:")[1].split()[0]) / 1e3
 
 
@@ -193,7 +193,7 @@ def main():
     record = {"d": D, "test_points": M, "top": K, "threads": threads, "rows": rows[:k]}
     record |= {"extrapolated": extrapolated(rows[:k]), "softmax_and_backbones": rows[k:]}
     path = ROOT / "figures" / "demo" / "scaling.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
