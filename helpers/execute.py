@@ -30,7 +30,7 @@ import yaml
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
-from helpers.reporting import committed, read_record, show_value, update_readme, verdicts_of
+from helpers.reporting import read_record, show_value, update_readme, verdicts_of
 from helpers.runtime import PROFILES, ROOT, data_root, folder, named_folder
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
@@ -280,13 +280,13 @@ def promote(profile, chosen):
             raise ValueError(f"{runs} holds no finished run of {notebook.stem}")
         if profile != "demo":
             _refuse_other_code(notebook.stem, read_record(record)["commit"])
+    target, kinds = folder("figures", profile), ("json", "png") if profile == "demo" else ("json",)
     for notebook in chosen:
-        number, kinds = notebook.stem[:2], ("json", "png") if profile == "demo" else ("json",)
-        for kind in kinds:
-            for old in committed(profile).glob(f"{number}_*.{kind}"):
+        for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in kinds):
+            for old in target.glob(pattern):
                 old.unlink()
-            for new in (runs / "figures").glob(f"{number}_*.{kind}"):
-                shutil.copy(new, committed(profile))
+            for new in (runs / "figures").glob(pattern):
+                shutil.copy(new, target)
         if profile == "demo":
             executed = tidy(nbformat.read(runs / notebook.name, 4), injected=False)
             nbformat.write(executed, notebook)

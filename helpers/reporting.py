@@ -299,8 +299,7 @@ def update_readme(path=None):
     head, rest = path.read_text(encoding="utf-8").split(start)
     path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
     for profile in ("demo", "real"):
-        page = committed(profile) / "VERDICTS.md"
-        page.parent.mkdir(parents=True, exist_ok=True)
+        page = folder("figures", profile) / "VERDICTS.md"
         page.write_text(verdict_page(profile), encoding="utf-8")
 
 

@@ -16,6 +16,11 @@ BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
 SOFTMAX = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+@pytest.fixture(autouse=True)
+def _runs_of_a_test_are_its_own(monkeypatch):
+    monkeypatch.delenv("THESIS_RUNS", raising=False)
+
+
 class Problem:
     """A fitted head with its data: n training and m test points, d features, C classes."""
 

@@ -1,10 +1,16 @@
 """The papermill front end: strict parameters, no false 'done', repeatable files."""
 
+import os
+import re
+import subprocess
+import sys
+
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from helpers import execute
+from helpers import execute, reporting, runtime
 from helpers.runtime import ROOT
 
 
@@ -62,15 +68,6 @@ def test_a_run_writes_the_notebook_and_its_html(tmp_path):
     assert not list(tmp_path.glob("partial_*.ipynb")) + list(tmp_path.glob("*.log"))
 
 
-def test_running_in_place_twice_gives_the_same_bytes(tmp_path):
-    path = tmp_path / "a.ipynb"
-    write(path, "print(n)")
-    execute.run(path, path)
-    first = path.read_bytes()
-    execute.run(path, path)
-    assert path.read_bytes() == first
-
-
 @pytest.mark.parametrize("disable", ["1", ""])
 def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disable):
     monkeypatch.setenv("TQDM_DISABLE", disable)
@@ -80,7 +77,7 @@ def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disabl
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, kernel_name="python3").execute()
     assert bool(cells[1].outputs) == (not disable)
-    notebook = execute.tidy(notebook, in_place=True)
+    notebook = execute.tidy(notebook, injected=False)
     assert not notebook.cells[1].outputs
     assert "widgets" not in notebook.metadata
 
@@ -93,20 +90,198 @@ def test_a_failed_run_leaves_no_done_file(tmp_path):
     assert (tmp_path / "partial_out.ipynb").exists()
 
 
-def test_the_command_line_stops_at_the_first_failure(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with five small notebooks, which say when they began and ended."""
     (tmp_path / "notebooks").mkdir()
-    write(tmp_path / "notebooks" / "00_a.ipynb", "raise RuntimeError('no data')")
-    write(tmp_path / "notebooks" / "partial_00_a.ipynb", "print(0)")  # not one to run
-    write(tmp_path / "notebooks" / "01_b.ipynb", "print(1)")
-    monkeypatch.setattr(execute, "ROOT", tmp_path)
-    monkeypatch.setattr(execute, "folder", lambda *parts: _made(tmp_path.joinpath(*parts)))
-    assert execute.main(["--profile", "demo"]) == 1
+    (tmp_path / "params").mkdir()
+    for number in ("00", "02", "03", "04", "16"):
+        put(tmp_path, number, "import time; began = time.time()", "print(began, time.time())")
+    for module in (execute, reporting, runtime):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.delenv("THESIS_RUNS", raising=False)
+    (tmp_path / "README.md").write_text("<!-- notebooks --><!-- end notebooks -->", "utf-8")
+    return tmp_path
+
+
+def put(project, number, *sources):
+    parameters = "profile = 'demo'\nn = 3"
+    write(project / "notebooks" / f"{number}_a.ipynb", *sources, parameters=parameters)
+
+
+def test_a_failure_is_named_and_so_is_what_was_not_run(project, capsys):
+    put(project, "02", "raise RuntimeError('no data')")
+    write(project / "notebooks" / "partial_00_a.ipynb", "print(0)")  # not one to run
+    runs = project / "runs" / "demo"
+    (runs / "figures").mkdir(parents=True)
+    stale = [runs / "02_a.ipynb", runs / "02_a.html", runs / "figures" / "02_verdicts.json"]
+    for path in stale:
+        path.write_text("of an earlier run", encoding="utf-8")
+    assert execute.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
     assert "RuntimeError: no data" in printed
-    assert "01_b" not in printed
+    assert f"The cells that ran are in {runs / 'partial_02_a.ipynb'}" in printed
+    assert "Not run: 03_a 04_a 16_a" in printed
     assert "partial_00_a " not in printed
+    assert not any(path.exists() for path in stale)
+    assert {path.name for path in (runs / "earlier").iterdir()} == {path.name for path in stale}
 
 
-def _made(path):
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def test_no_partial_notebook_is_promised_where_there_is_none(project, capsys):
+    path = project / "notebooks" / "00_a.ipynb"
+    path.write_text("{}", encoding="utf-8")
+    assert execute.main(["00"]) == 1
+    assert "The cells that ran" not in capsys.readouterr().out
+
+
+def test_what_others_read_runs_first_and_the_summary_last(project):
+    wait = "import pathlib, time; began = time.time(); pathlib.Path({!r}).touch()\n"
+    wait += "while not pathlib.Path({!r}).exists() and time.time() < began + 100: time.sleep(0.1)"
+    for mine, other in (("03", "04"), ("04", "03")):  # each waits for the other
+        put(project, mine, wait.format(mine, other), "print(began, time.time())")
+    assert execute.main(["--jobs", "2"]) == 0
+    times = {}
+    for path in (project / "runs" / "demo").glob("*.ipynb"):
+        text = nbformat.read(path, 4).cells[-1].outputs[0].text
+        times[path.stem[:2]] = [float(t) for t in text.split()]
+    assert times["00"][1] < times["02"][0] < times["02"][1] < min(times["03"][0], times["04"][0])
+    assert max(times["03"][0], times["04"][0]) < min(times["03"][1], times["04"][1])
+    assert max(times["03"][1], times["04"][1]) < times["16"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["16", "99"], "there is no notebook 99; there are 00 02 03 04 16"),
+        (["1"], "there is no notebook 1;"),
+        (["--profile", "real"], r"params/real.yaml needs a line for 02_a .*; it says nothing"),
+        (["--profile", "real", "00"], r"a line for 00_a .*; it says thesis"),
+        (["--profile", "real", "03"], "unknown parameter 'm'"),
+        (["--profile", "thesis"], r"params/thesis.yaml needs a line for 00_a"),
+    ],
+)
+def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments, words):
+    lines = "00_a: {profile: thesis}\n03_a: {profile: real, m: 1}\n"
+    (project / "params" / "real.yaml").write_text(lines, encoding="utf-8")
+    (project / "params" / "thesis.yaml").write_text("", encoding="utf-8")
+    if arguments == ["--profile", "real"]:
+        (project / "notebooks" / "00_a.ipynb").unlink()
+    assert execute.main(arguments) == execute.NOT_RUN
+    assert re.search(words, capsys.readouterr().err)
+    assert not list(project.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize("name", ["THESIS_DATA", "KERAS_HOME"])
+def test_folders_named_by_the_environment(project, monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "my data")
+    assert execute.main(["00"]) == execute.NOT_RUN
+    assert capsys.readouterr().err == f"{name} names {project / 'my data'}, which is no folder.\n"
+    (project / "my data").mkdir()
+    assert runtime.named_folder(name) == project / "my data"
+    monkeypatch.setenv(name, "")
+    assert runtime.named_folder(name) is None
+    assert execute.main(["00"]) == 0
+
+
+def test_parameters_arrive_as_they_were_given(tmp_path):
+    names = "n = 3\nsome = [1]\nwhere = ''\nany_ = None"
+    write(tmp_path / "a.ipynb", "print(n, some, where, any_)", parameters=names)
+    folder = tmp_path / "{n} and {none}"
+    folder.mkdir()
+    given = {"n": np.int64(5), "some": (1, np.float64(0.5)), "where": folder, "any_": np.eye(1)}
+    execute.run(tmp_path / "a.ipynb", folder / "out.ipynb", given)
+    executed = nbformat.read(folder / "out.ipynb", 4)
+    assert executed.cells[-1].outputs[0].text == f"5 [1, 0.5] {folder} [[1.0]]\n"
+    with pytest.raises(ValueError, match=r"a number, text, a list or a dict, not \{1\}"):
+        execute.run(tmp_path / "a.ipynb", folder / "out.ipynb", {"any_": {1}})
+
+
+# ---------------------------------------------------------------- what is committed
+
+
+def ends_in_a_verdict(project, number, profile, value=1):
+    """Write a notebook whose run leaves a verdict, a figure's numbers and a picture."""
+    source = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from helpers import reporting, runtime
+runtime.ROOT = reporting.ROOT = runtime.Path({str(project)!r})
+figures = runtime.folder("runs", profile, "figures")
+for kind in ("png", "json"):
+    (figures / f"{number}_new.{{kind}}").touch()
+found = [reporting.verdict("a", "", "", {value}, True)]
+reporting.write_verdicts("{number}_a", profile, {{}}, found)"""
+    line = f"{number}_a: {{profile: {profile}}}"
+    (project / "params" / f"{profile}.yaml").write_text(line, encoding="utf-8")
+    put(project, number, source)
+
+
+def git(project, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(project)]
+    subprocess.run(["git", *identity, *words], check=True, capture_output=True)
+
+
+def test_a_refresh_of_the_demo_runs_it_and_copies_all_of_it(project):
+    ends_in_a_verdict(project, "03", "demo")
+    figures = project / "figures" / "demo"
+    figures.mkdir(parents=True)
+    (figures / "03_old.png").touch()
+    (figures / "04_old.png").touch()
+    assert execute.main(["--promote", "03"]) == 0
+    names = {path.name for path in figures.iterdir()} - {"VERDICTS.md"}
+    assert names == {"03_new.png", "03_new.json", "03_verdicts.json", "04_old.png"}
+    first = (project / "notebooks" / "03_a.ipynb").read_bytes()
+    cells = nbformat.reads(first.decode(), 4).cells
+    assert [c.execution_count for c in cells] == [1, 2]
+    assert execute.main(["--promote", "03"]) == 0
+    assert (project / "notebooks" / "03_a.ipynb").read_bytes() == first
+
+
+def test_a_refresh_of_photographs_copies_numbers_of_the_committed_code_alone(project, capsys):
+    def refresh():
+        status = execute.main(["--profile", "real", "--promote", "03"])
+        return status, capsys.readouterr().err
+
+    ends_in_a_verdict(project, "03", "real")
+    (project / ".gitignore").write_text("runs\n", encoding="utf-8")
+    git(project, "init")
+    git(project, "add", "-A")
+    git(project, "commit", "-m", "first")
+    assert refresh() == (
+        2,
+        f"Nothing was copied: {project}/runs/real holds no finished run of 03_a.\n",
+    )
+    assert execute.main(["--profile", "real", "03"]) == 0
+    notebook = (project / "notebooks" / "03_a.ipynb").read_bytes()
+    (project / "new").touch()
+    assert "uncommitted changes" in refresh()[1]
+    git(project, "add", "-A")
+    git(project, "commit", "-m", "what is no code")
+    assert refresh() == (0, "")
+    assert {path.name for path in (project / "figures" / "real").iterdir()} == {
+        "03_new.json",
+        "03_verdicts.json",
+        "VERDICTS.md",
+    }
+    assert (project / "notebooks" / "03_a.ipynb").read_bytes() == notebook
+    ends_in_a_verdict(project, "03", "real", value=2)
+    git(project, "add", "-A")
+    git(project, "commit", "-m", "other code")
+    assert "03_a was run with other code" in refresh()[1]
+
+
+def test_a_run_leaves_the_tree_as_it_was(tmp_path):
+    """Said of a cheap notebook; what the others write goes through the same two functions."""
+
+    def status():
+        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--ignored=no"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: git can not tell what a run changed")
+    before = status()
+    environment = {**os.environ, "THESIS_RUNS": str(tmp_path)}
+    command = [sys.executable, "-m", "helpers.execute", "16"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert (tmp_path / "demo" / "figures" / "16_verdicts.json").exists()
+    assert status() == before

@@ -32,7 +32,7 @@ def test_verdicts_are_written_and_read_back(tmp_path):
     assert table["verdict"].tolist() == ["reproduced", "partly", "not reproduced", "not run"]
     assert table["value"].tolist() == ["1.23", "0.5", "below 1e-9", "-"]
     record = json.loads(
-        (tmp_path / "figures" / "demo" / "04_verdicts.json").read_text(encoding="utf-8")
+        (tmp_path / "runs" / "demo" / "figures" / "04_verdicts.json").read_text(encoding="utf-8")
     )
     assert record["parameters"] == {"seed": 0}
     assert record["verdicts"][0] == {
@@ -43,7 +43,19 @@ def test_verdicts_are_written_and_read_back(tmp_path):
         "verdict": "reproduced",
     }
     assert "commit" not in record
-    assert reporting.all_verdicts("demo")["id"].tolist() == ["a", "b", "c", "d"]
+    read = reporting.verdicts_of(reporting.results("demo"))
+    assert read["id"].tolist() == ["a", "b", "c", "d"]
+
+
+def test_results_are_those_of_the_last_run_or_the_committed_ones(tmp_path):
+    assert reporting.results("demo") == tmp_path / "figures" / "demo"
+    reporting.write_verdicts("16_summary", "demo", {}, verdicts())  # sums up, is no run
+    assert reporting.results("demo") == tmp_path / "figures" / "demo"
+    for name in ("03_curvature", "04_influence"):
+        reporting.write_verdicts(name, "demo", {}, verdicts())
+    assert reporting.results("demo") == tmp_path / "runs" / "demo" / "figures"
+    some = reporting.verdicts_of(reporting.results("demo"), [tmp_path / "04_influence.ipynb"])
+    assert set(some["notebook"]) == {"04_influence"}
 
 
 def test_an_interval_is_shown_with_its_value_and_read_back(tmp_path):
@@ -55,15 +67,17 @@ def test_an_interval_is_shown_with_its_value_and_read_back(tmp_path):
     ]
     table = reporting.write_verdicts("11_attack_study", "demo", {}, found)
     assert table["value"].tolist() == ["0.0667 (0.02 to 0.21)", "0.0667", "0.0667"]
-    shown = [reporting.show_value(row) for row in reporting.all_verdicts("demo").itertuples()]
+    read = reporting.verdicts_of(reporting.results("demo"))
+    shown = [reporting.show_value(row) for row in read.itertuples()]
     assert shown == table["value"].tolist()
-    text = (tmp_path / "figures" / "demo" / "11_verdicts.json").read_text(encoding="utf-8")
+    text = (tmp_path / "runs" / "demo" / "figures" / "11_verdicts.json").read_text(encoding="utf-8")
     assert json.loads(text)["verdicts"][0]["interval"] == [0.02, 0.21]
     assert text.count("interval") == 1
 
 
-def test_readme_and_verdict_page_are_rewritten(tmp_path):
+def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     reporting.write_verdicts("04_influence", "demo", {}, verdicts())
+    written = (tmp_path / "runs" / "demo" / "figures" / "04_verdicts.json").read_bytes()
     (tmp_path / "notebooks").mkdir()
     for name in ("04_influence", "05_other"):
         answer = f"**Answer.** Short. It is\nso, on {'x' * 60}. And more.\n\nNo."
@@ -72,7 +86,10 @@ def test_readme_and_verdict_page_are_rewritten(tmp_path):
         (tmp_path / "notebooks" / f"{name}.ipynb").write_text(
             json.dumps({"cells": [cell]}), encoding="utf-8"
         )
-    (tmp_path / "figures" / "demo" / "04_picture.png").touch()
+    for profile in ("demo", "real"):
+        reporting.committed(profile).mkdir(parents=True)
+        (reporting.committed(profile) / "04_verdicts.json").write_bytes(written)
+        (reporting.committed(profile) / "04_picture.png").touch()
     readme = tmp_path / "README.md"
     readme.write_text(
         "before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n", encoding="utf-8"
@@ -81,7 +98,10 @@ def test_readme_and_verdict_page_are_rewritten(tmp_path):
     text = readme.read_text(encoding="utf-8")
     assert "old" not in text
     answer = f"Short. It is so, on {'x' * 60}."
-    assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | 1 / 1 / 1 / 1 | - |" in text
+    assert (
+        f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | 1 / 1 / 1 / 1 | 1 / 1 / 1 / 1 |"
+        in text
+    )
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -89,7 +109,11 @@ def test_readme_and_verdict_page_are_rewritten(tmp_path):
     assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in page
     assert "![04 picture](04_picture.png)" in page
     assert "Not run yet." in page
-    assert ".png" not in (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
+    assert answer in page
+    page = (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
+    assert "| claim b (`b`) | value >= 1 | 0.5 | partly |" in page
+    assert ".png" not in page
+    assert "It is" not in page  # the answer is the demo's
 
 
 def test_figures_store_their_numbers(tmp_path):
@@ -100,9 +124,9 @@ def test_figures_store_their_numbers(tmp_path):
     shown = reporting.save_figure(
         figure, "00_line", "demo", y=np.array([1 / 3, np.nan]), n=np.int64(2)
     )
-    assert (tmp_path / "figures" / "demo" / "00_line.png").read_bytes() == shown.data
+    assert (tmp_path / "runs" / "demo" / "figures" / "00_line.png").read_bytes() == shown.data
     stored = json.loads(
-        (tmp_path / "figures" / "demo" / "00_line.json").read_text(encoding="utf-8")
+        (tmp_path / "runs" / "demo" / "figures" / "00_line.json").read_text(encoding="utf-8")
     )
     assert stored == {"y": [0.333333, None], "n": 2}
     assert not plt.get_fignums()
