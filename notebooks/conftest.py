@@ -27,9 +27,7 @@ class Output(str):
     notebook = ""
 
     def __ne__(self, fresh):
-        return (
-            tolerances.text_difference(f"{self.notebook}/text", str(self), str(fresh)) is not None
-        )
+        return tolerances.text_difference(self.notebook, str(self), str(fresh)) is not None
 
     __hash__ = str.__hash__
 

@@ -220,13 +220,14 @@ def test_memory_of_a_product_does_not_grow_with_the_data(tmp_path):
     """Memory-mapped input, ten times the examples: a tenth of the added data is not in memory.
 
     The allocator's own noise is some 7 MB on a peak of 30 to 50, and up to 30 where other work
-    holds a run up, so the better of two runs counts; a copy of the data would be 184 in both.
+    holds a run up, so a second try is granted; a copy of the data would be 184 in both.
     """
-    script = Path(__file__).with_name("memory_of_streaming.py")
-    peaks = []
-    for n in (20_000, 200_000):
+
+    def peak(n):
+        script = Path(__file__).with_name("memory_of_streaming.py")
         command = [sys.executable, script, str(n), str(tmp_path)]
-        runs = (subprocess.run(command, capture_output=True, check=True) for _ in range(2))
-        peaks.append(min(float(done.stdout.split()[-1]) for done in runs))
+        return float(subprocess.run(command, capture_output=True, check=True).stdout.split()[-1])
+
     added = (200_000 - 20_000) * 256 * 4 / 1e6
-    assert peaks[1] - peaks[0] <= 0.1 * added, peaks
+    grown = (peak(200_000) - peak(20_000) for _ in range(2))
+    assert any(growth <= 0.1 * added for growth in grown)

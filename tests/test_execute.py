@@ -100,7 +100,9 @@ def project(tmp_path, monkeypatch):
     for module in (execute, reporting, runtime):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.delenv("THESIS_RUNS", raising=False)
-    (tmp_path / "README.md").write_text("<!-- notebooks --><!-- end notebooks -->", "utf-8")
+    (tmp_path / "README.md").write_text(
+        "<!-- notebooks --><!-- end notebooks -->", encoding="utf-8"
+    )
     return tmp_path
 
 

@@ -1,5 +1,6 @@
 """What a reader meets first: the README's links, commands and code."""
 
+import ast
 import os
 import re
 import subprocess
@@ -17,6 +18,18 @@ def test_every_link_and_every_target_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     commands = set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.M))
     assert {"reproduce", "lab", "test", "site"} <= commands <= targets
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    """Where the linter can not see that it is a path: a locale must not change what is read."""
+    files = [
+        path for folder in ("helpers", "tests", "docs") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    for path in files:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if getattr(getattr(call, "func", None), "attr", None) in ("read_text", "write_text"):
+                named = [keyword.arg for keyword in call.keywords]
+                assert "encoding" in named, f"{path}, line {call.lineno}"
 
 
 def test_the_code_for_your_own_model_runs_as_it_stands():

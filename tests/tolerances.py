@@ -6,22 +6,61 @@ network comes in between, fewer do. Words must always be the same.
 """
 
 import re
+from itertools import zip_longest
 from typing import NamedTuple
-
-import numpy as np
 
 
 class Tolerance(NamedTuple):
-    """Numbers whose name matches `where` may differ by absolute + relative x size."""
+    """A number named like `where` may differ by absolute + relative x its size.
+
+    Whole numbers in a text are counts and may differ by `whole` x their size: mostly not at all.
+    """
 
     kind: str
     where: str
     relative: float
     absolute: float
+    whole: float
     why: str
 
 
-TABLE = [Tolerance("default", r".*", 1e-3, 1e-6, ".")]
+# A name is NN/id of a verdict, and NN/first word of a line in the text that a notebook shows.
+TABLE = [
+    Tolerance(
+        "steps of a solver",
+        r"03/(CG|fewer|\w+_saves_steps)|14/CG$",
+        relative=0.15,
+        absolute=0,
+        whole=0.15,
+        why="rounding decides in which step a residual falls below its bound",
+    ),
+    Tolerance(
+        "trained networks",
+        r"(06|15)/|14/(?!head_|softmax_)",
+        relative=0.03,
+        absolute=0.01,
+        whole=0,
+        why="hundreds of steps of training multiply the rounding of the first; AUC and rank "
+        "correlations of a few hundred points then move by single pairs",
+    ),
+    Tolerance(
+        "shifted pictures",
+        r"12/(clean|bright|dark|gamma|rain|cover|JPEG|noise|adversarial|transfer|PGD|\d+)\b",
+        relative=0.02,
+        absolute=1e-3,
+        whole=0.03,
+        why="pictures pass a float32 network; whole numbers are two rounded digits",
+    ),
+    Tolerance(
+        "default",
+        r"",
+        relative=2e-3,
+        absolute=1e-8,
+        whole=0,
+        why="float64 mathematics on float32 features: they agree to 1e-6, and what a "
+        "factorisation or a correlation makes of that to three digits",
+    ),
+]
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -30,31 +69,32 @@ def tolerance(name):
     return next(t for t in TABLE if re.match(t.where, name))
 
 
-def allowed(name, value):
-    """Return how far a fresh number may be from a committed one of this name."""
-    t = tolerance(name)
-    return t.absolute + t.relative * np.abs(value)
+def text_difference(number, committed, fresh):
+    """Return what differs between two texts that notebook `number` shows, or None.
 
-
-def text_difference(name, committed, fresh):
-    """Return what differs between two outputs of a notebook, or None.
-
-    Words must be equal, in their order; a number may differ as the table says and by one unit of
-    its last printed digit, to which it was rounded.
+    Words must be equal, in their order. Printed numbers may differ as the table says, and by one
+    unit of their last digit, to which they were rounded.
     """
-    words = [NUMBER.sub("#", text).split() for text in (committed, fresh)]
-    words = [[re.sub(r"^[-─]+$", "-", word) for word in some] for some in words]
-    if words[0] != words[1]:
-        return f"the words differ:\n{committed}\n--- fresh:\n{fresh}"
-    for old, new in zip(NUMBER.findall(committed), NUMBER.findall(fresh), strict=True):
-        a, b = (float(text.replace(",", "")) for text in (old, new))
-        if abs(a - b) > allowed(name, a) + max(_unit(old), _unit(new)) * 1.001:
-            return f"{new} for {old} in:\n{committed}\n--- fresh:\n{fresh}"
+    lines = [text.splitlines() for text in (committed, fresh)]
+    if len(lines[0]) != len(lines[1]):
+        return f"{len(lines[1])} lines for {len(lines[0])}:\n{fresh}"
+    for old, new in zip(*lines, strict=True):
+        words = [NUMBER.sub("#", re.sub(r"[-─]{3,}", "-", line)).split() for line in (old, new)]
+        if words[0] != words[1]:
+            return f"other words: {new!r} for {old!r}"
+        t = tolerance(f"{number}/{(old.split() or [''])[0]}")
+        for pair in zip(NUMBER.findall(old), NUMBER.findall(new), strict=True):
+            a, b = (float(text.replace(",", "")) for text in pair)
+            counts = all(text.lstrip("+-").replace(",", "").isdigit() for text in pair)
+            rounding = max(map(_unit, pair))
+            allowed = t.whole * abs(a) if counts else t.absolute + t.relative * abs(a) + rounding
+            if abs(a - b) > allowed * (1 + 1e-9):
+                return f"{pair[1]} for {pair[0]} in: {old!r}\nallowed is {allowed:.2g} ({t.kind})"
     return None
 
 
 def _unit(text):
-    """Return one unit of the last digit of a printed number; of a whole number, none."""
+    """Return one unit of the last digit of a printed number that has decimals or an exponent."""
     digits, _, exponent = text.lower().partition("e")
     decimals = len(digits.partition(".")[2])
     return 10.0 ** (int(exponent or 0) - decimals) if decimals or exponent else 0.0
@@ -66,15 +106,14 @@ def verdict_differences(committed, fresh):
     old, new = ({v["id"]: v for v in record["verdicts"]} for record in (committed, fresh))
     if list(old) != list(new):
         found.append(f"the ids differ: {sorted(set(old) ^ set(new)) or 'their order'}")
-    for id in old.keys() & new.keys():
+    for id in [id for id in old if id in new]:
         name = f"{committed['notebook'][:2]}/{id}"
         for part in ("claim", "criterion", "verdict"):
             if old[id][part] != new[id][part]:
                 found.append(f"{name}: {part} {new[id][part]!r} for {old[id][part]!r}")
-        a, b = ([v["value"], *(v.get("interval") or [])] for v in (old[id], new[id]))
-        if len(a) != len(b) or any(
-            (u is None) != (v is None) or (u is not None and abs(u - v) > allowed(name, u))
-            for u, v in zip(a, b, strict=True)
-        ):
-            found.append(f"{name}: {b} for {a}, allowed is {allowed(name, a[0] or 0):.2g}")
+        t = tolerance(name)
+        pairs = zip_longest(*([v["value"], *v.get("interval", [])] for v in (old[id], new[id])))
+        for a, b in pairs:
+            if a != b and (None in (a, b) or abs(a - b) > t.absolute + t.relative * abs(a)):
+                found.append(f"{name}: {b} for {a}, allowed is {t.relative:.0%} ({t.kind})")
     return found
