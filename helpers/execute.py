@@ -267,6 +267,14 @@ def print_verdicts(profile, chosen):
     print(f"\nExecuted notebooks: {where}/*.html   figures: {where}/figures/")
 
 
+def _start_from_what_is_committed(profile):
+    """Let a run write to runs/refresh/, where the summary finds the other notebooks' results."""
+    os.environ["THESIS_RUNS"] = "runs/refresh"
+    figures = folder("runs", profile, "figures")
+    shutil.rmtree(figures)
+    shutil.copytree(folder("figures", profile), figures)
+
+
 def promote(profile, chosen):
     """Copy finished runs to what is committed: figures/<profile>/ and, of `demo`, notebooks/.
 
@@ -327,6 +335,8 @@ def main(arguments=None):
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     share_cores(jobs)
+    if options.promote and not only_copy:
+        _start_from_what_is_committed(profile)
     if not only_copy:
         if profile != "demo":
             print(f"data root: {root}")
