@@ -5,10 +5,10 @@ its verdicts too, number by number.
 """
 
 import os
-import time
 from collections import Counter
-from pathlib import Path
+from functools import cache
 
+import nbformat
 import pytest
 import tolerances
 from nbval.plugin import IPyNbCell
@@ -18,7 +18,7 @@ from helpers import execute, reporting, runtime
 os.environ.setdefault("THESIS_RUNS", "runs/test")
 os.environ["TQDM_DISABLE"] = "1"
 execute.share_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-LEFT, STARTED = Counter(), {}  # of each notebook: cells to come, when its first one began
+DONE, STARTED = Counter(), {}  # of each notebook: cells that ran, when its first one began
 
 
 class Output(str):
@@ -51,11 +51,10 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(items):
-    """Wait a minute for a slow cell's output; know each notebook's cells."""
+    """Wait a minute for a slow cell's output."""
     for item in items:
         if isinstance(item, IPyNbCell):
             item.output_timeout = 60
-            LEFT[item.path.stem] += 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,15 +71,16 @@ def pytest_runtest_call(item):
 
 
 def pytest_runtest_logreport(report):
-    """Print a line for each notebook that is done."""
-    path = Path(report.nodeid.partition("::")[0])
-    if path.suffix != ".ipynb":
-        return
-    STARTED.setdefault(path.stem, report.start)
-    LEFT[path.stem] -= report.when == "teardown"
-    if (
-        LEFT[path.stem] == 0
-        and report.when == "teardown"
-        and not os.environ.get("PYTEST_XDIST_WORKER")
-    ):
-        print(f"\n{path.stem:24s} {time.time() - STARTED[path.stem]:5.0f} s")
+    """Print a line for each notebook whose last cell has run."""
+    path = runtime.ROOT / report.nodeid.partition("::")[0]
+    if path.suffix == ".ipynb" and "PYTEST_XDIST_WORKER" not in os.environ:
+        STARTED.setdefault(path, report.start)
+        DONE[path] += report.when == "teardown"
+        if report.when == "teardown" and DONE[path] == code_cells(path):
+            print(f"\n{path.stem:24s} {report.stop - STARTED[path]:5.0f} s")
+
+
+@cache
+def code_cells(path):
+    """Return how many cells nbval runs of a notebook."""
+    return sum(cell.cell_type == "code" for cell in nbformat.read(path, 4).cells)
