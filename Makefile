@@ -8,7 +8,7 @@ SHELL := /bin/bash
 export THESIS_DATA KERAS_HOME
 PROFILE ?= demo
 TEST := $(BIN)/python -m pytest --nbval
-RUN := $(BIN)/python -m helpers.execute $(if $(JOBS),--jobs $(JOBS))
+RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
@@ -48,7 +48,7 @@ refresh: .venv/ready  ## run demo notebooks and copy the run to what is committe
 	$(RUN) --profile $(PROFILE) --promote $(NOTEBOOKS)
 
 readme: .venv/ready  ## write the README's table and the verdict pages from the verdicts
-	$(BIN)/python -m helpers.reporting
+	PYTHONPATH=.:notebooks $(BIN)/python -m support.pages
 
 site: .venv/ready  ## notebooks, figures and the API of `helpers` as a static site in runs/site/
 	CUDA_VISIBLE_DEVICES=-1 $(BIN)/sphinx-build -q -W --keep-going -c docs . runs/site

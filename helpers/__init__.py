@@ -1,10 +1,10 @@
-"""What two notebooks need or a test must reach; everything else stays in the notebook that uses it.
+"""The mathematics of influence functions on Keras models, and what it needs of data and models.
 
 Layers, top to bottom; an import may only point down:
 
-    notebook face   runtime, cluster, execute, reporting
-    studies         attacks, corruptions, evaluation, vehicles
+    studies         corruptions, vehicles
     mathematics     attribution, influence, many_fits, retraining, network_retraining,
                     approximations, solvers, spectrum, curvature, objective, head
     data            features, backbone, models, datasets, rendering
+    settings        runtime
 """

@@ -1,7 +1,7 @@
 """nbval in this project: where runs write, what they are held against, a line a notebook.
 
 Outputs are compared within the tolerances of tests/tolerances.py, and behind a notebook's last cell
-its verdicts too, number by number.
+its claims too, number by number.
 """
 
 import os
@@ -13,11 +13,12 @@ import pytest
 import tolerances
 from nbval.plugin import IPyNbCell
 
-from helpers import execute, reporting, runtime
+from helpers import runtime
+from support import claims, run
 
 os.environ.setdefault("THESIS_RUNS", "runs/test")
 os.environ["TQDM_DISABLE"] = "1"
-execute.share_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+run.share_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 DONE, STARTED = Counter(), {}  # of each notebook: cells that ran, when its first one began
 
 
@@ -59,15 +60,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """After a notebook's last cell, hold its verdicts against the committed ones."""
+    """After a notebook's last cell, hold its claims against the committed ones."""
     yield
-    if isinstance(item, IPyNbCell) and "write_verdicts" in item.cell.source:
+    if isinstance(item, IPyNbCell) and "claims.write(" in item.cell.source:
         name = f"{item.path.stem[:2]}_verdicts.json"
         fresh = runtime.folder("runs", "demo", "figures") / name
-        old, new = (reporting.read_record(p) for p in (reporting.committed("demo") / name, fresh))
-        differences = tolerances.verdict_differences(old, new)
+        old, new = (claims.read_record(p) for p in (claims.committed("demo") / name, fresh))
+        differences = tolerances.claim_differences(old, new)
         if differences:
-            item.raise_cell_error("Verdicts differ", "\n".join(differences))
+            item.raise_cell_error("Claims differ", "\n".join(differences))
 
 
 def pytest_runtest_logreport(report):

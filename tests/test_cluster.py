@@ -9,7 +9,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers import cluster, retraining, runtime
+from helpers import retraining, runtime
+from support import cluster
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers import evaluation
+from support import evaluation
 
 
 def test_detection_of_a_perfect_a_reversed_and_a_constant_ranking():

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from conftest import BINARY, SOFTMAX
 
-from helpers import execute, features, influence, models, retraining, runtime
+from helpers import features, influence, models, retraining, runtime
 from helpers.objective import Objective
+from support import run
 
 SCRIPT = Path(__file__).with_name("slow_work.py")
+PATH = os.pathsep.join([str(runtime.ROOT), str(runtime.ROOT / "notebooks")])
+RUNNING = {**os.environ, "PYTHONPATH": PATH}
 
 
 def work(kind, folder, seconds=0.0):
@@ -65,9 +68,9 @@ def test_a_killed_notebook_leaves_no_finished_file(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, tmp_path / "a.ipynb")
-    run = "from helpers import execute; execute.run('{0}/a.ipynb', '{0}/out.ipynb', {{'n': 0}})"
+    code = "from support import run; run.run('{0}/a.ipynb', '{0}/out.ipynb', {{'n': 0}})"
     victim = subprocess.Popen(
-        [sys.executable, "-c", run.format(tmp_path)], cwd=runtime.ROOT, start_new_session=True
+        [sys.executable, "-c", code.format(tmp_path)], env=RUNNING, start_new_session=True
     )
     deadline = time.time() + 100
     while not (tmp_path / "started").exists() and time.time() < deadline:
@@ -76,7 +79,7 @@ def test_a_killed_notebook_leaves_no_finished_file(tmp_path):
     victim.wait()
     assert (tmp_path / "started").exists()
     assert not (tmp_path / "out.ipynb").exists()
-    execute.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb")
+    run.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb")
     assert (tmp_path / "out.ipynb").exists()
 
 

@@ -1,7 +1,6 @@
 """Hygiene of the committed notebooks. nbval compares outputs; these are the ways it would not."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import nbformat
 import pytest
 import yaml
 
-from helpers import reporting
-from helpers.execute import checked, declared_parameters
 from helpers.runtime import ROOT
+from support import claims, pages, run
+from support.run import declared_parameters
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = {path.stem: nbformat.read(path, 4) for path in PATHS}
@@ -23,23 +22,7 @@ def code(name):
 
 
 def test_the_notebooks_are_found():
-    assert {
-        "00_data_curation",
-        "01_feature_extraction",
-        "02_training",
-        "03_curvature",
-        "04_influence",
-        "05_loo_validation",
-        "07_smooth_hinge",
-        "08_model_comparison",
-        "09_influential_subset",
-        "10_mislabel_study",
-        "11_attack_study",
-        "12_shifted_tests",
-        "13_domain_mismatch",
-        "14_method_comparison",
-        "15_your_own_model",
-    } <= set(NOTEBOOKS)
+    assert [name[:2] for name in NOTEBOOKS] == [f"{number:02}" for number in range(17)]
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NOTEBOOKS)
 
 
@@ -67,27 +50,32 @@ def test_one_question_and_one_parameters_cell(name):
 
 
 @every
-def test_the_last_code_cell_is_the_verdict(name):
+def test_the_last_code_cell_shows_the_committed_claims(name):
     cell = code(name)[-1]
-    assert "write_verdicts" in cell.source
+    assert "claims.write(" in cell.source
     assert "nbval-ignore-output" not in cell.metadata.get("tags", [])
-    record = json.loads(
-        (ROOT / "figures" / "demo" / f"{name[:2]}_verdicts.json").read_text(encoding="utf-8")
-    )
+    record = claims.read_record(claims.committed("demo") / f"{name[:2]}_verdicts.json")
     shown = cell.outputs[0]["data"]["text/plain"]
-    for verdict in record["verdicts"]:
-        assert verdict["id"] in shown
-        assert verdict["verdict"] in reporting.WORDS
+    for claim in record["verdicts"]:
+        assert claim["id"] in shown or "dataset" in claim
+        assert claim["verdict"] in (claims.outcome(claim), "not applicable")
 
 
 @every
-def test_cells_are_short_and_files_small(name):
-    assert max(len(c.source.splitlines()) for c in code(name)[:-1]) <= 25
+def test_cells_and_functions_are_short_and_files_small(name):
+    assert max(len(c.source.splitlines()) for c in code(name)) <= 25
     ignored = [c for c in code(name) if "nbval-ignore-output" in c.metadata.get("tags", [])]
     assert len(ignored) <= 3
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size <= 1_000_000
-    magics = [c for c in code(name) if re.search(r"^[%!]", c.source, re.M)]
-    assert not magics
+    assert not [c for c in code(name) if re.search(r"^[%!]", c.source, re.M)]
+    nodes = [node for c in code(name) for node in ast.walk(ast.parse(c.source))]
+    assert not [node.name for node in nodes if isinstance(node, ast.ClassDef)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 10]
+
+
+def test_the_notebooks_together_are_no_longer_than_they_need_be():
+    assert sum(len(c.source.splitlines()) for name in NOTEBOOKS for c in code(name)) <= 5000
 
 
 @every
@@ -97,31 +85,47 @@ def test_at_least_as_much_prose_as_a_cell_in_three(name):
 
 
 @pytest.mark.parametrize("profile", ["real", "thesis"])
-def test_profiles_override_parameters_that_exist(profile):
-    overrides = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text(encoding="utf-8"))
-    assert set(overrides) <= set(NOTEBOOKS)
-    for name, given in overrides.items():
-        checked(given, declared_parameters(NOTEBOOKS[name]))
-        assert given["profile"] == profile
-    uses_profile = {n for n in NOTEBOOKS if "profile" in declared_parameters(NOTEBOOKS[n])}
-    assert uses_profile == set(overrides)
+def test_profiles_have_checked_parameters_for_every_notebook(profile):
+    jobs = run.jobs_of(profile, PATHS)
+    assert [job.path for job in jobs if job.dataset in (None, claims.DEFAULT)] == PATHS
+    given = yaml.safe_load((ROOT / "params" / f"{profile}.yaml").read_text(encoding="utf-8"))
+    assert set(given) == set(NOTEBOOKS)
 
 
 def test_readme_and_verdict_pages_are_those_of_the_committed_verdicts():
     """`make readme` writes them."""
-    assert reporting.summary_page() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert pages.summary_page() in (ROOT / "README.md").read_text(encoding="utf-8")
     for profile in ("demo", "real"):
         page = ROOT / "figures" / profile / "VERDICTS.md"
-        assert page.read_text(encoding="utf-8") == reporting.verdict_page(profile)
+        assert page.read_text(encoding="utf-8") == pages.verdict_page(profile)
+
+
+def imported(path):
+    """Return the modules that a file imports from this project, as helpers.x, support.x, ..."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("helpers", "support", "studies")}
+
+
+def test_the_floors_of_the_house():
+    """Notebooks stand on studies, studies on support, support on helpers; never the other way."""
+    below = {"helpers": [], "notebooks/support": ["helpers"]}
+    below["notebooks/studies"] = ["helpers", "support"]
+    for folder, allowed in below.items():
+        own = folder.rpartition("/")[2]
+        for path in (ROOT / folder).glob("*.py"):
+            used = {name.split(".")[0] for name in imported(path)}
+            assert used <= {own, *allowed}, f"{path} imports {used - {own, *allowed}}"
 
 
 def test_imports_between_helpers_only_point_down():
     layers = [
-        {"cluster"},
-        {"execute"},
-        {"reporting"},
-        {"evaluation"},
-        {"attacks", "corruptions", "vehicles"},
+        {"corruptions", "vehicles"},
         {"many_fits"},
         {"attribution", "influence", "retraining", "network_retraining"},
         {"approximations"},
@@ -138,16 +142,8 @@ def test_imports_between_helpers_only_point_down():
     ]
     level = {module: k for k, layer in enumerate(layers) for module in layer}
     for path in (ROOT / "helpers").glob("[a-z]*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers"):
-                names = (
-                    [node.module.partition(".")[2]]
-                    if "." in node.module
-                    else [a.name for a in node.names]
-                )
-            for name in names:
-                assert level[name] > level[path.stem], f"{path.stem} imports {name}"
+        for name in {name.split(".")[1] for name in imported(path) if "." in name}:
+            assert level[name] > level[path.stem], f"{path.stem} imports {name}"
 
 
 def test_mathematics_touches_no_files():

@@ -2,7 +2,7 @@
 
 import pytest
 import tolerances
-from tolerances import Tolerance, text_difference, verdict_differences
+from tolerances import Tolerance, claim_differences, text_difference
 
 COMMITTED = tolerances.TABLE
 TABLE = """            slope  steps
@@ -50,28 +50,35 @@ def test_exponents_and_long_rules_are_numbers_and_rules():
 
 
 def record(**changed):
-    v = {"id": "mlp_r", "claim": "c", "criterion": ">= 1", "value": 2.0, "verdict": "partly"}
-    other = {"id": "rounding", "claim": "", "criterion": "", "value": 1e-14, "verdict": "partly"}
-    return {"notebook": "03_a", "verdicts": [v | changed, other]}
+    v = {"id": "mlp_r", "claim": "c", "at_least": 1, "value": 2.0, "verdict": "partly"}
+    other = {"id": "rounding", "claim": "", "at_most": 1, "value": 1e-14, "verdict": "partly"}
+    third = v | {"id": "digits_r", "dataset": "digits"}
+    return {"notebook": "03_a", "verdicts": [v | changed, other, third]}
 
 
-def test_verdicts_are_compared_by_id():
-    assert verdict_differences(record(), record()) == []
-    assert verdict_differences(record(), record(value=2.19)) == []
-    assert verdict_differences(record(interval=[1.0, 3.0]), record(interval=[1.05, 2.9])) == []
+def test_claims_are_compared_by_id():
+    assert claim_differences(record(), record()) == []
+    assert claim_differences(record(), record(value=2.19)) == []
+    assert claim_differences(record(interval=[1.0, 3.0]), record(interval=[1.05, 2.9])) == []
     for changed in (
         {"value": 2.3},
         {"value": None},
         {"verdict": "reproduced"},
         {"claim": "another"},
         {"id": "other_r"},
+        {"at_least": 0.5},
+        {"of": "paper"},
         {"interval": [1.0, 3.0]},
     ):
-        assert verdict_differences(record(), record(**changed))
-        assert verdict_differences(record(**changed), record())
+        assert claim_differences(record(), record(**changed))
+        assert claim_differences(record(**changed), record())
+    other = record()
+    other["verdicts"][2]["value"] = 7
+    assert claim_differences(record(), other) == []
+    assert claim_differences(record(), other, "digits")
     far = record()
     far["verdicts"][1]["value"] = 1e-7
-    assert verdict_differences(record(), far)
+    assert claim_differences(record(), far)
 
 
 def test_every_kind_says_why_and_the_last_takes_the_rest():

@@ -24,7 +24,7 @@ class Tolerance(NamedTuple):
     why: str
 
 
-# A name is NN/id of a verdict, and NN/first word of a line in the text that a notebook shows.
+# A name is NN/id of a claim, and NN/first word of a line in the text that a notebook shows.
 TABLE = [
     Tolerance(
         "steps of a solver",
@@ -100,17 +100,20 @@ def _unit(text):
     return 10.0 ** (int(exponent or 0) - decimals) if decimals or exponent else 0.0
 
 
-def verdict_differences(committed, fresh):
-    """Return what differs between two records of verdicts, by id: a line a difference."""
+def claim_differences(committed, fresh, dataset=None):
+    """Return what differs between two records of claims on a data set, a line a difference."""
     found = []
-    old, new = ({v["id"]: v for v in record["verdicts"]} for record in (committed, fresh))
+    old, new = (
+        {c["id"]: c for c in record["verdicts"] if c.get("dataset") == dataset}
+        for record in (committed, fresh)
+    )
     if list(old) != list(new):
         found.append(f"the ids differ: {sorted(set(old) ^ set(new)) or 'their order'}")
     for id in [id for id in old if id in new]:
         name = f"{committed['notebook'][:2]}/{id}"
-        for part in ("claim", "criterion", "verdict"):
-            if old[id][part] != new[id][part]:
-                found.append(f"{name}: {part} {new[id][part]!r} for {old[id][part]!r}")
+        for part in (old[id].keys() | new[id].keys()) - {"value", "interval"}:
+            if old[id].get(part) != new[id].get(part):
+                found.append(f"{name}: {part} {new[id].get(part)!r} for {old[id].get(part)!r}")
         t = tolerance(name)
         pairs = zip_longest(*([v["value"], *v.get("interval", [])] for v in (old[id], new[id])))
         for a, b in pairs:

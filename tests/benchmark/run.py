@@ -22,7 +22,7 @@ import seaborn as sns
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(HERE)]
 OURS = {
     "t1": ["ours cholesky float64", "NumPy closed float64", "ours cg float64", "naive compiled"],
     "t3": ["ours cg", "naive compiled", "naive eager"],
@@ -141,7 +141,8 @@ def together():
     """
     import tasks
 
-    from helpers import evaluation, influence, retraining
+    from helpers import influence, retraining
+    from support import evaluation
 
     tasks.keras.config.set_dtype_policy("float64")
     data = tasks._digits()
@@ -175,7 +176,8 @@ def refits(k=64, few=2):
     import tasks
     from sklearn.linear_model import LogisticRegression
 
-    from helpers import evaluation, many_fits
+    from helpers import many_fits
+    from support import evaluation
 
     tasks.keras.config.set_dtype_policy("float64")
     data = tasks.load("t1")

@@ -1,11 +1,11 @@
-"""A strict front end to papermill: `python -m helpers.execute --profile demo`.
+"""A strict front end to papermill: `python -m support.run --profile demo`.
 
 How this differs from plain papermill:
 1. an unknown parameter, or a value of another type than the default's, is an error;
 2. the parameters cell holds literals only, so an override can not leave a derived value behind;
 3. the output file appears when the run has succeeded; until then it is partial_NN_name.ipynb;
 4. stderr, widgets, timings and papermill's metadata are dropped;
-5. notebooks that do not read one another run side by side.
+5. notebooks that do not read one another run side by side, one of several data sets once for each.
 
 A run writes into runs/<profile>/ and nowhere else; `--promote` copies it to what is committed.
 """
@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import joblib
 import nbformat
@@ -30,8 +31,9 @@ import yaml
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
-from helpers.reporting import read_record, show_value, update_readme, verdicts_of
 from helpers.runtime import PROFILES, ROOT, data_root, folder, named_folder
+from support.claims import DEFAULT, forget, read_record, written
+from support.pages import update_readme
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
@@ -176,65 +178,88 @@ def choose(names):
     return sorted({known[name] for name in names}) if names else every
 
 
-def profile_parameters(profile, chosen):
-    """Return {notebook: parameters} of params/<profile>.yaml, checked; nothing for `demo`."""
-    if profile == "demo":
-        return {}
-    path = ROOT / "params" / f"{profile}.yaml"
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    for notebook in chosen:
-        parameters = given.get(notebook.stem) or {}
-        if parameters.get("profile") != profile:
-            raise ValueError(
-                f"{path.relative_to(ROOT)} needs a line for {notebook.stem} that says "
-                f"`profile: {profile}`; it says {parameters.get('profile', 'nothing')}"
-            )
-        checked(parameters, declared_parameters(nbformat.read(notebook, 4)))
-    return given
+class Job(NamedTuple):
+    """A run of a notebook: its path, the name of what it writes, its parameters."""
+
+    path: Path
+    name: str
+    dataset: str | None
+    parameters: dict
+
+    @property
+    def number(self):
+        return self.path.stem[:2]
 
 
-def run_profile(profile, chosen, jobs=1):
-    """Run notebooks into runs/<profile>/, `jobs` at once; return those that failed."""
-    given, target = profile_parameters(profile, chosen), folder("runs", profile)
-    left, running, failed = list(chosen), {}, []
+def jobs_of(profile, chosen):
+    """Return the Jobs of some notebooks, with the checked parameters of params/<profile>.yaml.
+
+    The file gives a notebook its parameters, or a list of them, one for each data set it runs on.
+    What a notebook on another data set than its default writes is called NN_name_<dataset>.
+    """
+    file = ROOT / "params" / f"{profile}.yaml"
+    given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    jobs = []
+    for path in chosen:
+        declared = declared_parameters(nbformat.read(path, 4))
+        entry = given.get(path.stem, {})
+        for parameters in entry if isinstance(entry, list) else [entry]:
+            if parameters.get("profile", "demo") != profile:
+                raise ValueError(
+                    f"{file.relative_to(ROOT)} needs a line for {path.stem} that says "
+                    f"`profile: {profile}`; it says {parameters.get('profile', 'nothing')}"
+                )
+            dataset = parameters.get("dataset", declared.get("dataset"))
+            name = path.stem if dataset in (None, DEFAULT) else f"{path.stem}_{dataset}"
+            jobs.append(Job(path, name, dataset, checked(parameters, declared)))
+    return jobs
+
+
+def run_jobs(profile, left, at_once=1):
+    """Run Jobs into runs/<profile>/, `at_once` side by side; return those that failed."""
+    target, left, running, failed = folder("runs", profile), list(left), {}, []
     with (
-        ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
-        tqdm(total=len(chosen), unit="notebook", disable=None, leave=False) as bar,
+        ProcessPoolExecutor(at_once, get_context("spawn")) as pool,
+        tqdm(total=len(left), unit="notebook", disable=None, leave=False) as bar,
     ):
         while running or (left and not failed):
-            while left and not failed and _may_start(left[0], running.values(), jobs):
-                path = left.pop(0)
-                _set_aside(target, path.stem)
-                task = pool.submit(_attempt, path, target / path.name, given.get(path.stem))
-                running[task] = path
-            bar.set_description(" ".join(path.stem[:2] for path in running.values()))
+            while left and not failed and _may_start(left[0], running.values(), at_once):
+                job = left.pop(0)
+                _set_aside(target, job)
+                output = target / f"{job.name}.ipynb"
+                running[pool.submit(_attempt, job.path, output, job.parameters)] = job
+            bar.set_description(" ".join(job.number for job in running.values()))
             for task in wait(running, return_when=FIRST_COMPLETED).done:
-                path, (done, outcome) = running.pop(task), task.result()
-                failed += [] if done else [path]
-                bar.write(f"{path.stem:24s} {outcome}")
+                job, (done, outcome) = running.pop(task), task.result()
+                failed += [] if done else [job]
+                bar.write(f"{job.name:28s} {outcome}")
                 bar.update()
     if failed:
-        print(f"\nFAILED: {' '.join(path.stem for path in failed)}")
-        for partial in (target / f"partial_{path.name}" for path in failed):
+        print(f"\nFAILED: {' '.join(job.name for job in failed)}")
+        for partial in (target / f"partial_{job.name}.ipynb" for job in failed):
             if partial.exists():
                 print(f"The cells that ran are in {partial}")
         if left:
-            print(f"Not run: {' '.join(path.stem for path in left)}")
+            print(f"Not run: {' '.join(job.name for job in left)}")
     return failed
 
 
-def _may_start(path, running, jobs):
-    """Return whether a notebook may run beside those that are running."""
-    numbers = {p.stem[:2] for p in running}
-    return not numbers or (len(numbers) < jobs and not (numbers | {path.stem[:2]}) & ALONE)
+def _may_start(job, running, at_once):
+    """Return whether a Job may run beside those that are running."""
+    numbers = {other.number for other in running}
+    return not numbers or (len(running) < at_once and not (numbers | {job.number}) & ALONE)
 
 
-def _set_aside(target, name):
-    """Move what an earlier run of a notebook left to runs/<profile>/earlier/."""
+def _set_aside(target, job):
+    """Move what an earlier run of a Job left to runs/<profile>/earlier/."""
     earlier = target / "earlier"
-    for path in [*target.glob(f"*{name}.*"), *(target / "figures").glob(f"{name[:2]}_*")]:
+    figures = f"{job.number}_{job.dataset}_*" if job.dataset else f"{job.number}_*"
+    old = [*target.glob(f"{job.name}.*"), *target.glob(f"partial_{job.name}.*")]
+    for path in [*old, *(target / "figures").glob(figures)]:
         earlier.mkdir(exist_ok=True)
         path.replace(earlier / path.name)
+    if job.dataset:
+        forget(target / "figures" / f"{job.number}_verdicts.json", job.dataset)
 
 
 def _attempt(source, target, parameters):
@@ -246,10 +271,10 @@ def _attempt(source, target, parameters):
         return False, f"FAILED\n\n{name}: {getattr(error, 'evalue', error)}\n"
 
 
-def share_cores(jobs):
-    """Give each of `jobs` processes at once its share of the cores, where nobody has said more."""
-    if jobs > 1:
-        share = str(max(1, joblib.cpu_count() // jobs))
+def share_cores(at_once):
+    """Give each of so many processes its share of the cores, where nobody has said more."""
+    if at_once > 1:
+        share = str(max(1, joblib.cpu_count() // at_once))
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
             os.environ.setdefault(name, share)
         os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
@@ -258,11 +283,9 @@ def share_cores(jobs):
 def print_verdicts(profile, chosen):
     """Print the verdicts of the notebooks that were run, and where their files are."""
     print()
-    for row in verdicts_of(folder("runs", profile, "figures"), chosen).itertuples():
-        print(
-            f"{row.notebook[:2]}  {row.verdict:14s}  {row.id:28s} {show_value(row):>24s}"
-            f"   {row.criterion}"
-        )
+    for row in written(folder("runs", profile, "figures"), chosen).itertuples():
+        print(f"{row.notebook[:2]}  {row.verdict:14s}  {row.id:32s} {row.shown:>24s}", end="")
+        print(f"   {row.criterion}")
     where = folder("runs", profile)
     print(f"\nExecuted notebooks: {where}/*.html   figures: {where}/figures/")
 
@@ -281,13 +304,14 @@ def promote(profile, chosen):
     Of the other profiles only numbers are copied, no picture, and only from a run of the code that
     is committed.
     """
-    runs = folder("runs", profile)
-    for notebook in chosen:
-        record = runs / "figures" / f"{notebook.stem[:2]}_verdicts.json"
-        if not (runs / notebook.name).exists() or not record.exists():
-            raise ValueError(f"{runs} holds no finished run of {notebook.stem}")
+    runs, jobs = folder("runs", profile), jobs_of(profile, chosen)
+    for job in jobs:
+        record = runs / "figures" / f"{job.number}_verdicts.json"
+        if not (runs / f"{job.name}.ipynb").exists() or not record.exists():
+            raise ValueError(f"{runs} holds no finished run of {job.name}")
         if profile != "demo":
-            _refuse_other_code(notebook.stem, read_record(record)["commit"])
+            for made in read_record(record)["runs"].values():
+                _refuse_other_code(job.name, made["commit"])
     target, kinds = folder("figures", profile), ("json", "png") if profile == "demo" else ("json",)
     for notebook in chosen:
         for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in kinds):
@@ -323,10 +347,10 @@ def main(arguments=None):
     parser.add_argument("notebooks", nargs="*", help="numbers or names; all by default")
     options = parser.parse_args(arguments)
     profile, only_copy = options.profile, options.promote and options.profile != "demo"
-    jobs = options.jobs or (joblib.cpu_count() if profile == "demo" else 1)
+    at_once = options.jobs or (joblib.cpu_count() if profile == "demo" else 1)
     try:
         chosen = choose(options.notebooks)
-        profile_parameters(profile, chosen)
+        jobs = jobs_of(profile, chosen)
         named_folder("KERAS_HOME")
         root = data_root()
     except (ValueError, OSError) as error:
@@ -334,13 +358,13 @@ def main(arguments=None):
         return NOT_RUN
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    share_cores(jobs)
+    share_cores(at_once)
     if options.promote and not only_copy:
         _start_from_what_is_committed(profile)
     if not only_copy:
         if profile != "demo":
             print(f"data root: {root}")
-        if run_profile(profile, chosen, jobs):
+        if run_jobs(profile, jobs, at_once):
             return 1
     if options.promote:
         try:

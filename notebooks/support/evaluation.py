@@ -86,6 +86,19 @@ def bootstrap_of_mean(values, seed, *, draws=2000):
     return [values.mean(), *np.quantile(values[drawn].mean(1), [0.025, 0.975])]
 
 
+class Share(NamedTuple):
+    """A share and its 95 % interval (Wilson's)."""
+
+    mean: float
+    interval: list
+
+
+def share_of(hits):
+    """Return the Share of True in hits (k,)."""
+    ends = stats.binomtest(int(np.sum(hits)), len(hits)).proportion_ci(method="wilson")
+    return Share(float(np.mean(hits)), list(ends))
+
+
 class DatamodellingScore(NamedTuple):
     """Rank correlation of summed attributions with losses after training on subsets of the data.
 
@@ -143,6 +156,23 @@ def detection(scores, wanted, shares):
     return Detection(
         float(roc_auc_score(wanted, scores)), float(average_precision_score(wanted, scores)), found
     )
+
+
+def auc_of(scores, wanted):
+    """Return the Mean AUC of k rankings, scores (k, n), of what is `wanted` (k, n) bool.
+
+    The interval is DeLong's (1988): over the n points, the rankings taken as independent draws.
+    """
+    areas, variances = zip(*map(_delong, np.asarray(scores), np.asarray(wanted)), strict=True)
+    return Mean(float(np.mean(areas)), float(1.96 * np.sqrt(np.mean(variances) / len(areas))))
+
+
+def _delong(scores, wanted):
+    """Return the area under the ROC curve of one ranking and the variance of that estimate."""
+    ranks, high, low = stats.rankdata(scores), scores[wanted], scores[~wanted]
+    beaten = (ranks[wanted] - stats.rankdata(high)) / len(low)  # share of `low` below each
+    above = 1 - (ranks[~wanted] - stats.rankdata(low)) / len(high)
+    return beaten.mean(), beaten.var(ddof=1) / len(high) + above.var(ddof=1) / len(low)
 
 
 def time_ratio(ours, reference, *, repeats=5):

@@ -4,14 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from helpers import execute, reporting, runtime
+from helpers import runtime
 from helpers.runtime import ROOT
+from support import claims, pages, run
 
 
 def write(path, *sources, parameters="n = 3\nrate = 0.5\nname = 'a=b'\nfast = False"):
@@ -24,15 +26,10 @@ def write(path, *sources, parameters="n = 3\nrate = 0.5\nname = 'a=b'\nfast = Fa
 
 def test_declared_parameters_are_literals(tmp_path):
     notebook = write(tmp_path / "a.ipynb")
-    assert execute.declared_parameters(notebook) == {
-        "n": 3,
-        "rate": 0.5,
-        "name": "a=b",
-        "fast": False,
-    }
+    assert run.declared_parameters(notebook) == {"n": 3, "rate": 0.5, "name": "a=b", "fast": False}
     for bad in ("half = n // 2", "import os", "x = y = 1"):
         with pytest.raises(ValueError, match="parameters cell"):
-            execute.declared_parameters(write(tmp_path / "b.ipynb", parameters=bad))
+            run.declared_parameters(write(tmp_path / "b.ipynb", parameters=bad))
 
 
 @pytest.mark.parametrize(
@@ -49,17 +46,17 @@ def test_declared_parameters_are_literals(tmp_path):
 def test_wrong_names_and_types_are_refused(tmp_path, given, word):
     notebook = write(tmp_path / "a.ipynb")
     with pytest.raises(ValueError, match=word):
-        execute.checked(given, execute.declared_parameters(notebook))
+        run.checked(given, run.declared_parameters(notebook))
 
 
 def test_an_int_may_stand_for_a_float(tmp_path):
-    declared = execute.declared_parameters(write(tmp_path / "a.ipynb"))
-    assert execute.checked({"rate": 1}, declared) == {"rate": 1}
+    declared = run.declared_parameters(write(tmp_path / "a.ipynb"))
+    assert run.checked({"rate": 1}, declared) == {"rate": 1}
 
 
 def test_a_run_writes_the_notebook_and_its_html(tmp_path):
     write(tmp_path / "a.ipynb", "print(n * 2)", "import sys; print('noise', file=sys.stderr)")
-    execute.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb", {"n": 21})
+    run.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb", {"n": 21})
     executed = nbformat.read(tmp_path / "out.ipynb", 4)
     assert executed.cells[2].outputs[0].text == "42\n"
     assert executed.cells[3].outputs == []
@@ -77,7 +74,7 @@ def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disabl
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, kernel_name="python3").execute()
     assert bool(cells[1].outputs) == (not disable)
-    notebook = execute.tidy(notebook, injected=False)
+    notebook = run.tidy(notebook, injected=False)
     assert not notebook.cells[1].outputs
     assert "widgets" not in notebook.metadata
 
@@ -85,7 +82,7 @@ def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disabl
 def test_a_failed_run_leaves_no_done_file(tmp_path):
     write(tmp_path / "a.ipynb", "raise RuntimeError('no data')")
     with pytest.raises(Exception, match="no data"):
-        execute.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb")
+        run.run(tmp_path / "a.ipynb", tmp_path / "out.ipynb")
     assert not (tmp_path / "out.ipynb").exists()
     assert (tmp_path / "partial_out.ipynb").exists()
 
@@ -95,9 +92,10 @@ def project(tmp_path, monkeypatch):
     """A project with five small notebooks, which say when they began and ended."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "demo.yaml").touch()
     for number in ("00", "02", "03", "04", "16"):
         put(tmp_path, number, "import time; began = time.time()", "print(began, time.time())")
-    for module in (execute, reporting, runtime):
+    for module in (run, claims, pages, runtime):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.delenv("THESIS_RUNS", raising=False)
     (tmp_path / "README.md").write_text(
@@ -119,7 +117,7 @@ def test_a_failure_is_named_and_so_is_what_was_not_run(project, capsys):
     stale = [runs / "02_a.ipynb", runs / "02_a.html", runs / "figures" / "02_verdicts.json"]
     for path in stale:
         path.write_text("of an earlier run", encoding="utf-8")
-    assert execute.main(["--jobs", "2"]) == 1
+    assert run.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
     assert "RuntimeError: no data" in printed
     assert f"The cells that ran are in {runs / 'partial_02_a.ipynb'}" in printed
@@ -129,10 +127,10 @@ def test_a_failure_is_named_and_so_is_what_was_not_run(project, capsys):
     assert {path.name for path in (runs / "earlier").iterdir()} == {path.name for path in stale}
 
 
-def test_no_partial_notebook_is_promised_where_there_is_none(project, capsys):
-    path = project / "notebooks" / "00_a.ipynb"
-    path.write_text("{}", encoding="utf-8")
-    assert execute.main(["00"]) == 1
+def test_no_partial_notebook_is_promised_where_there_is_none(project, monkeypatch, capsys):
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    monkeypatch.setattr(run, "_attempt", lambda *_: (False, "FAILED at once"))
+    assert run.main(["00"]) == 1
     assert "The cells that ran" not in capsys.readouterr().out
 
 
@@ -141,7 +139,7 @@ def test_what_others_read_runs_first_and_the_summary_last(project):
     wait += "while not pathlib.Path({!r}).exists() and time.time() < began + 100: time.sleep(0.1)"
     for mine, other in (("03", "04"), ("04", "03")):  # each waits for the other
         put(project, mine, wait.format(mine, other), "print(began, time.time())")
-    assert execute.main(["--jobs", "2"]) == 0
+    assert run.main(["--jobs", "2"]) == 0
     times = {}
     for path in (project / "runs" / "demo").glob("*.ipynb"):
         text = nbformat.read(path, 4).cells[-1].outputs[0].text
@@ -160,15 +158,17 @@ def test_what_others_read_runs_first_and_the_summary_last(project):
         (["--profile", "real", "00"], r"a line for 00_a .*; it says thesis"),
         (["--profile", "real", "03"], "unknown parameter 'm'"),
         (["--profile", "thesis"], r"params/thesis.yaml needs a line for 00_a"),
+        (["--profile", "real", "04"], r"a line for 04_a .*; it says demo"),
     ],
 )
 def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments, words):
     lines = "00_a: {profile: thesis}\n03_a: {profile: real, m: 1}\n"
+    lines += "04_a: [{profile: real}, {profile: demo}]\n"
     (project / "params" / "real.yaml").write_text(lines, encoding="utf-8")
     (project / "params" / "thesis.yaml").write_text("", encoding="utf-8")
     if arguments == ["--profile", "real"]:
         (project / "notebooks" / "00_a.ipynb").unlink()
-    assert execute.main(arguments) == execute.NOT_RUN
+    assert run.main(arguments) == run.NOT_RUN
     assert re.search(words, capsys.readouterr().err)
     assert not list(project.glob("runs/*/*"))
 
@@ -176,13 +176,13 @@ def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments,
 @pytest.mark.parametrize("name", ["THESIS_DATA", "KERAS_HOME"])
 def test_folders_named_by_the_environment(project, monkeypatch, capsys, name):
     monkeypatch.setenv(name, "my data")
-    assert execute.main(["00"]) == execute.NOT_RUN
+    assert run.main(["00"]) == run.NOT_RUN
     assert capsys.readouterr().err == f"{name} names {project / 'my data'}, which is no folder.\n"
     (project / "my data").mkdir()
     assert runtime.named_folder(name) == project / "my data"
     monkeypatch.setenv(name, "")
     assert runtime.named_folder(name) is None
-    assert execute.main(["00"]) == 0
+    assert run.main(["00"]) == 0
 
 
 def test_parameters_arrive_as_they_were_given(tmp_path):
@@ -191,11 +191,41 @@ def test_parameters_arrive_as_they_were_given(tmp_path):
     folder = tmp_path / "{n} and {none}"
     folder.mkdir()
     given = {"n": np.int64(5), "some": (1, np.float64(0.5)), "where": folder, "any_": np.eye(1)}
-    execute.run(tmp_path / "a.ipynb", folder / "out.ipynb", given)
+    run.run(tmp_path / "a.ipynb", folder / "out.ipynb", given)
     executed = nbformat.read(folder / "out.ipynb", 4)
     assert executed.cells[-1].outputs[0].text == f"5 [1, 0.5] {folder} [[1.0]]\n"
     with pytest.raises(ValueError, match=r"a number, text, a list or a dict, not \{1\}"):
-        execute.run(tmp_path / "a.ipynb", folder / "out.ipynb", {"any_": {1}})
+        run.run(tmp_path / "a.ipynb", folder / "out.ipynb", {"any_": {1}})
+
+
+def test_a_notebook_of_two_data_sets_runs_once_for_each(project):
+    source = f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "notebooks")!r}]
+from helpers import runtime
+from support import claims
+runtime.ROOT = claims.ROOT = runtime.Path({str(project)!r})
+(runtime.folder("runs", profile, "figures") / f"03_{{dataset}}_{{n}}.json").touch()
+found = [claims.claim("r", "", n, above=4)]
+claims.write("03_a", profile, {{}}, found, dataset=dataset)"""
+    parameters = "profile = 'demo'\nn = 3\ndataset = 'vehicles'"
+    write(project / "notebooks" / "03_a.ipynb", source, parameters=parameters)
+    demo = project / "params" / "demo.yaml"
+    demo.write_text("03_a: [{}, {dataset: digits, n: 5}]", encoding="utf-8")
+    runs = project / "runs" / "demo"
+    assert run.main(["03"]) == 0
+    record = claims.read_record(runs / "figures" / "03_verdicts.json")
+    assert list(record["runs"]) == ["vehicles", "digits"]
+    assert [(c["id"], c["verdict"]) for c in record["verdicts"]] == [
+        ("r", "does not hold"),
+        ("digits_r", "holds"),
+    ]
+    assert {path.name for path in runs.glob("*.ipynb")} == {"03_a.ipynb", "03_a_digits.ipynb"}
+    demo.write_text("03_a: [{dataset: digits, n: 2}]", encoding="utf-8")
+    assert run.main(["03"]) == 0  # replaces its own claims and figures only
+    record = claims.read_record(runs / "figures" / "03_verdicts.json")
+    assert [(c["id"], c["value"]) for c in record["verdicts"]] == [("r", 3), ("digits_r", 2)]
+    figures = {path.name for path in (runs / "figures").glob("03_*_[0-9].json")}
+    assert figures == {"03_vehicles_3.json", "03_digits_2.json"}
 
 
 # ---------------------------------------------------------------- what is committed
@@ -204,16 +234,17 @@ def test_parameters_arrive_as_they_were_given(tmp_path):
 def ends_in_a_verdict(project, number, profile, value=1):
     """Write a notebook whose run leaves a verdict, a figure's numbers and a picture."""
     source = f"""import sys
-sys.path.insert(0, {str(ROOT)!r})
-from helpers import reporting, runtime
-runtime.ROOT = reporting.ROOT = runtime.Path({str(project)!r})
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "notebooks")!r}]
+from helpers import runtime
+from support import claims
+runtime.ROOT = claims.ROOT = runtime.Path({str(project)!r})
 figures = runtime.folder("runs", profile, "figures")
 for kind in ("png", "json"):
     (figures / f"{number}_new.{{kind}}").touch()
-found = [reporting.verdict("a", "", "", {value}, True)]
-reporting.write_verdicts("{number}_a", profile, {{}}, found)"""
-    line = f"{number}_a: {{profile: {profile}}}"
-    (project / "params" / f"{profile}.yaml").write_text(line, encoding="utf-8")
+claims.write("{number}_a", profile, {{}}, [claims.claim("a", "", {value}, above=0)])"""
+    if profile != "demo":
+        line = f"{number}_a: {{profile: {profile}}}"
+        (project / "params" / f"{profile}.yaml").write_text(line, encoding="utf-8")
     put(project, number, source)
 
 
@@ -228,19 +259,19 @@ def test_a_refresh_of_the_demo_runs_it_and_copies_all_of_it(project):
     figures.mkdir(parents=True)
     (figures / "03_old.png").touch()
     (figures / "04_old.png").touch()
-    assert execute.main(["--promote", "03"]) == 0
+    assert run.main(["--promote", "03"]) == 0
     names = {path.name for path in figures.iterdir()} - {"VERDICTS.md"}
     assert names == {"03_new.png", "03_new.json", "03_verdicts.json", "04_old.png"}
     first = (project / "notebooks" / "03_a.ipynb").read_bytes()
     cells = nbformat.reads(first.decode(), 4).cells
     assert [c.execution_count for c in cells] == [1, 2]
-    assert execute.main(["--promote", "03"]) == 0
+    assert run.main(["--promote", "03"]) == 0
     assert (project / "notebooks" / "03_a.ipynb").read_bytes() == first
 
 
 def test_a_refresh_of_photographs_copies_numbers_of_the_committed_code_alone(project, capsys):
     def refresh():
-        status = execute.main(["--profile", "real", "--promote", "03"])
+        status = run.main(["--profile", "real", "--promote", "03"])
         return status, capsys.readouterr().err
 
     ends_in_a_verdict(project, "03", "real")
@@ -252,7 +283,7 @@ def test_a_refresh_of_photographs_copies_numbers_of_the_committed_code_alone(pro
         2,
         f"Nothing was copied: {project}/runs/real holds no finished run of 03_a.\n",
     )
-    assert execute.main(["--profile", "real", "03"]) == 0
+    assert run.main(["--profile", "real", "03"]) == 0
     notebook = (project / "notebooks" / "03_a.ipynb").read_bytes()
     (project / "new").touch()
     assert "uncommitted changes" in refresh()[1]
@@ -281,8 +312,9 @@ def test_a_run_leaves_the_tree_as_it_was(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout: git can not tell what a run changed")
     before = status()
-    environment = {**os.environ, "THESIS_RUNS": str(tmp_path)}
-    command = [sys.executable, "-m", "helpers.execute", "16"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+    environment = {**os.environ, "THESIS_RUNS": str(tmp_path), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "support.run", "16"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert (tmp_path / "demo" / "figures" / "16_verdicts.json").exists()

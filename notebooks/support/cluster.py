@@ -12,7 +12,7 @@ from pathlib import Path
 from distributed import Client, as_completed
 from tqdm.auto import tqdm
 
-from helpers import execute
+from support import run
 
 
 def connect(scheduler=None):
@@ -50,7 +50,7 @@ def sweep(client, notebook, settings, folder):
     source, folder = Path(notebook).resolve(), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for parameters in map(execute.plain, settings):
+    for parameters in map(run.plain, settings):
         text = source.read_bytes() + json.dumps(parameters, sort_keys=True).encode()
         name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:12]}.ipynb"
         jobs.append((source, folder / name, parameters))
@@ -63,6 +63,6 @@ def _run(job):
     source, target, parameters = job
     os.environ["THESIS_RUNS"] = str(target.with_suffix(""))
     try:
-        execute.run(source, target, parameters)
+        run.run(source, target, parameters)
     finally:
         del os.environ["THESIS_RUNS"]

@@ -1,0 +1,1 @@
+"""Experiments too long for a cell of a notebook: one file a study, named after its notebook."""

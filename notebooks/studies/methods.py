@@ -1,0 +1,305 @@
+"""Attribution methods on several models: what each predicts, what retraining shows, what it costs.
+
+Sizes: n training points, m test points, p parameters, k subsets of the training points, c
+checkpoints of Adam. Losses and their changes are in nats.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import scipy.linalg
+from sklearn.neighbors import NearestNeighbors
+
+from helpers import attribution, curvature, influence, many_fits, retraining
+from helpers.network_retraining import NetworkRemovals, polish
+from helpers.objective import Objective
+from support import evaluation
+
+
+class Problem(NamedTuple):
+    """Data, an untrained Keras model, its loss, and how Adam trains it; all parameters decay."""
+
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    model: Any
+    loss: Any
+    decay: float
+    steps: int
+    rate: float = 0.01
+
+
+def some_digits(digits, shape, n, seed):
+    """Return n random training digits and the first 1,000 test digits: x, y, x_test, y_test.
+
+    shape : what turns pictures (k, 784) into what a model reads.
+    """
+    some = np.random.default_rng([seed, 14]).permutation(len(digits.x_train))[:n]
+    train = shape(digits.x_train)[some], digits.y_train[some]
+    return *train, shape(digits.x_test)[:1000], digits.y_test[:1000]
+
+
+def averaged(x, side):
+    """Return pictures (k, 784) averaged to side x side pixels, (k, side * side)."""
+    block = 28 // side
+    return x.reshape(-1, side, block, side, block).mean((2, 4)).reshape(len(x), -1)
+
+
+def without_margin(x):
+    """Return pictures (k, 784) without their empty margin, (k, 22, 22, 1)."""
+    return x.reshape(-1, 28, 28, 1)[:, 3:25, 3:25]
+
+
+def mlp(d, hidden):
+    """Return a network of two hidden layers with batch normalisation, for d inputs and ten classes.
+
+    The normalisation has no centre and no scale of its own: the next kernel and bias do both.
+    """
+    layers, body = keras.layers, []
+    for _ in range(2):
+        normalised = layers.BatchNormalization(center=False, scale=False, momentum=0.8)
+        body += [layers.Dense(hidden), normalised, layers.Activation("tanh")]
+    return keras.Sequential([keras.Input((d,)), *body, layers.Dense(10)])
+
+
+def fit(problem, labels, seed):
+    """Return a Problem's Objective at its minimum with labels (n,), and checkpoints (c, p).
+
+    The model is trained from scratch by Adam; then its batch statistics stay as they are, and
+    Newton's method (a head) or L-BFGS (a network) goes on to a gradient of zero.
+    """
+    looks = np.unique(np.geomspace(5, problem.steps, 6).astype(int))  # where TracIn looks
+    trained = _train(problem, labels, np.arange(len(labels))[None], [seed], looks)
+    model = keras.models.clone_model(problem.model)
+    _assign(model, trained.theta[0], trained.rest[0])
+    data = problem.loss, problem.x, labels
+    objective = Objective(model, *data, weight_decay=problem.decay, decayed="all")
+    retraining.fit_head(objective) if objective.head else polish(objective)
+    return objective, trained.checkpoints[:, 0]
+
+
+def _train(problem, labels, rows, seeds, keep=()):
+    how = {"weight_decay": problem.decay, "steps": problem.steps, "rate": problem.rate}
+    data = problem.model, problem.loss, problem.x, labels, rows
+    return attribution.train_many(*data, seeds=seeds, keep=keep, **how)
+
+
+def _assign(model, theta, rest):
+    """Write the trainable parameters theta (p,) and the others, rest (q,), into a model."""
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    ends = np.cumsum([np.size(v) for v in variables])[:-1]
+    for variable, part in zip(variables, np.split(np.r_[theta, rest], ends), strict=True):
+        variable.assign(part.reshape(variable.shape))
+
+
+class Case:
+    """A Problem with its model at the minimum, and the test points on which methods are judged.
+
+    Attributes
+    ----------
+    objective, checkpoints : what `fit` returns.
+    accuracy : on all test points.
+    x, y : the m test points chosen by `evaluation.choose_test_points`.
+    gradients : (p, m), of their losses; solve : the Solvers of the objective.
+    """
+
+    def __init__(self, problem, seed):
+        self.problem, self.seed = problem, seed
+        self.objective, self.checkpoints = fit(problem, problem.y, seed)
+        losses = self.objective.losses(problem.x_test, problem.y_test)
+        outputs = self.objective.model.predict(problem.x_test, verbose=0)
+        guess = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0] > 0
+        correct = guess == problem.y_test
+        rules = evaluation.choose_test_points(losses, correct, seed=seed)
+        rows = np.concatenate(list(rules.values()))
+        self.accuracy, self.x, self.y = correct.mean(), problem.x_test[rows], problem.y_test[rows]
+        self.gradients = curvature.per_example_gradients(self.objective, self.x, self.y).T
+        self.solve = Solvers(self.objective)
+
+
+class Solvers:
+    """(M + damping I)^-1 b of one Objective, M its Hessian, Gauss-Newton's matrix, or EK-FAC's.
+
+    names : of the methods; a convex head has no Gauss-Newton of its own, it is the Hessian.
+    spectra : {method: eigenvalues (p,), eigenvectors (p, p)} of the two that are formed.
+    """
+
+    def __init__(self, objective):
+        self.objective, dense = objective, {"exact": curvature.dense_hessian}
+        if not objective.head:
+            dense["Gauss-Newton"] = curvature.dense_gauss_newton
+        self.spectra = {name: scipy.linalg.eigh(form(objective)) for name, form in dense.items()}
+        self.names = [*dense, "EK-FAC"]
+
+    def __call__(self, method, b, damping=0.0):
+        if method == "EK-FAC":
+            return attribution.EKFAC(self.objective, damping=damping).solve(b)
+        values, vectors = self.spectra[method]
+        return vectors @ ((vectors.T @ b) / (values + damping)[:, None])
+
+    @property
+    def hessian(self):
+        values, vectors = self.spectra["exact"]
+        return (vectors * values) @ vectors.T
+
+
+def damping_sweep(case, method, dampings, kept, losses):
+    """Return the LDS of a method of `Solvers` with each damping.
+
+    kept : (n, k) bool, subsets of the training points; losses : (m, k), after training on each.
+    """
+    change = partial(influence.predicted_loss_change, case.objective)
+    found = [change(case.solve(method, case.gradients, damping)) for damping in dampings]
+    return [evaluation.datamodelling_score(f, kept, losses, draws=1).mean for f in found]
+
+
+def predictions(case, dampings):
+    """Return {method: predicted loss changes (m, n)}, and the Hessian products that CG took.
+
+    dampings : {method: damping} of the methods that solve with a matrix.
+    """
+    objective, gradients, products = case.objective, case.gradients, np.nan
+    change = partial(influence.predicted_loss_change, objective)
+    found = {m: change(case.solve(m, gradients, dampings[m])) for m in case.solve.names}
+    if not objective.head:
+        how = {"damping": dampings["exact"], "rtol": 1e-3, "precondition": None}
+        solution = influence.ihvp(objective, gradients, solver="cg", **how)
+        found["CG"], products = change(solution), solution.steps.sum()
+    elif objective.head.c == 1:
+        found["leverage"] = found["exact"] / (1 - retraining.Removals(objective).leverage)
+
+    def dots(gradients):
+        return curvature.gradient_dots(objective, gradients.T) / objective.n
+
+    dots_at = partial(_summed, objective, case.x, case.y, dots)
+    same = np.where(case.y[:, None] == case.problem.y, 1, -1)
+    return found | {
+        "Newton": _after_newton(case),
+        "Grad-Dot": dots_at([objective.theta]),
+        "TracIn": dots_at(case.checkpoints),
+        "neighbours": same * (_directions(case.x) @ _directions(case.problem.x).T),
+        "random": np.random.default_rng([case.seed, 3]).normal(size=same.shape),
+    }, products
+
+
+def _after_newton(case):
+    """Return the change of each test loss after a Newton step without each point, (m, n)."""
+    if case.objective.head:
+        return retraining.Removals(case.objective).newton_loss_change(case.x, case.y)
+    removals = NetworkRemovals(case.objective, case.solve.hessian)
+    steps = removals.newton_steps(np.arange(case.objective.n))
+    return removals.loss_change(removals.theta[:, None] + steps, case.x, case.y)
+
+
+def _summed(objective, x, y, use, thetas):
+    """Return the sum over parameters `thetas` (c, p) of use(the losses' gradients (k, p) there)."""
+    home, total = objective.theta, 0
+    for objective.theta in thetas:
+        total = total + use(curvature.per_example_gradients(objective, x, y))
+    objective.theta = home
+    return total
+
+
+def _directions(x):
+    flat = x.reshape(len(x), -1)
+    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
+def retrained(case, kept, seeds):
+    """Return the test losses after training on each subset `kept` (n, k) alone.
+
+    (m, k) for a head, refitted exactly; (m, k, seeds) for a network, trained from scratch from
+    the initial parameters of seeds 0, 1, ..., seeds - 1.
+    """
+    problem, k, head = case.problem, kept.shape[1], case.objective.head
+    if head:
+        labels = np.repeat(problem.y[:, None], k, 1)
+        how = {"start": np.repeat(case.objective.theta[:, None], k, 1), "tol": 1e-6}
+        refits = many_fits.fit_many(case.objective, labels, weight=kept.astype(float), **how)
+        return head.losses(case.y.astype(head.y.dtype), head.outputs(case.x, refits.theta))
+    rows = np.repeat([np.flatnonzero(column) for column in kept.T], seeds, axis=0)
+    trained = _train(problem, problem.y, rows, np.tile(np.arange(seeds), k))
+    model, losses = keras.models.clone_model(problem.model), []
+    for theta, rest in zip(trained.theta, trained.rest, strict=True):
+        _assign(model, theta, rest)
+        outputs = model(case.x, training=False)
+        losses.append(case.objective.loss_of_predictions(case.y, outputs).numpy())
+    return np.stack(losses, axis=1).reshape(len(case.y), k, seeds)
+
+
+def left_out(case, exact, *, n_top, n_random, keep):
+    """Return which training points are left out one at a time (k,), and the loss changes (m, k).
+
+    Of each row of the predictions `exact` (m, n) the n_top largest, and n_random random points.
+    A head is refitted exactly; a network is trained on from where it stands, its statistics frozen.
+    keep : a `runtime.checkpoint`.
+    """
+    objective, rng = case.objective, np.random.default_rng([case.seed, 6])
+    some = rng.choice(objective.n, n_random, replace=False)
+    rows = np.unique(np.concatenate([some, *(evaluation.top(row, n_top) for row in exact)]))
+    if objective.head:
+        removals = retraining.Removals(objective)
+        thetas = removals.exact(rows)
+    else:
+        removals = NetworkRemovals(objective, case.solve.hessian)
+        thetas = removals.retrain(rows, checkpoint=keep).thetas
+    return rows, removals.loss_change(thetas, case.x, case.y)
+
+
+def wrong_labels(labels, rng):
+    """Return labels (n,) of which a tenth, chosen at random, is changed, and which (n,) bool."""
+    labels, n, classes = labels.copy(), len(labels), int(labels.max()) + 1
+    flipped = rng.choice(n, round(0.1 * n), replace=False)
+    labels[flipped] = (labels[flipped] + rng.integers(1, classes, len(flipped))) % classes
+    return labels, np.isin(np.arange(n), flipped)
+
+
+def suspicion(case, labels, dampings):
+    """Return {method: suspicion of each training point (n,)} after training on labels (n,).
+
+    The influence of each point on its own loss; for neighbours, how many of the ten nearest have
+    another label; also the loss itself. For a head, Newton is the loss after leaving the point out.
+    """
+    x = case.problem.x
+    objective, checkpoints = fit(case.problem, labels, case.seed)
+    solve = Solvers(objective)
+    gradients = curvature.per_example_gradients(objective, x, labels).T
+    found = {m: (gradients * solve(m, gradients, dampings[m])).sum(0) for m in solve.names}
+    found |= {"Grad-Dot": (gradients**2).sum(0), "loss": objective.losses(x, labels)}
+    found["TracIn"] = _summed(objective, x, labels, lambda g: (g**2).sum(1), checkpoints)
+    if objective.head:
+        found["Newton"] = retraining.Removals(objective).left_out_losses()
+    near = NearestNeighbors(n_neighbors=10, metric="cosine").fit(_directions(x))
+    differ = labels[near.kneighbors(return_distance=False)] != labels[:, None]
+    tie, chance = np.random.default_rng([case.seed, 8]).random((2, len(labels)))
+    return found | {"neighbours": differ.mean(1) + 1e-6 * tie, "random": chance}
+
+
+def costs(case, cg_products, retrainings):
+    """Return {method: cost} for the m test points, in gradients of the training loss (6np flops).
+
+    cg_products : Hessian products that CG took; retrainings : on halves, for the datamodel.
+    """
+    objective, m = case.objective, case.gradients.shape[1]
+    n, p, head = objective.n, objective.p, objective.head
+    c, unit, dots = (head.c if head else 10), 6 * n * p, 1 + m / 3
+    form = n * p * p * (c + 1) / c / unit if head else 2 * p
+    factor = (p**3 / 3 + 2 * p * p * m) / unit
+    kernels = [layer.kernel.shape for layer in objective.model.layers if layer.trainable_variables]
+    sides = [(int(np.prod(shape[:-1])), shape[-1]) for shape in kernels]
+    blocks = sum(10 * (d**3 + o**3) + 4 * m * d * o * (d + o) for d, o in sides) / unit
+    return {
+        "exact": form + factor + dots,
+        "CG": 2 * cg_products + dots,
+        "leverage": form + factor + dots + n * p * p / unit,
+        "Newton": form + factor + n * p * p * (c + 1) * 2 / unit + m / 3,
+        "Gauss-Newton": c + 2 * n * c * p * p / unit + factor + dots,
+        "EK-FAC": 2 * (1 + c) + blocks + dots,
+        "Grad-Dot": dots,
+        "TracIn": len(case.checkpoints) * dots,
+        "neighbours": 1 / 3 + m / 3,
+        "datamodel": retrainings / 2 * case.problem.steps,
+    }

@@ -1,0 +1,256 @@
+"""Claims: what is asserted, by whom, the number that decides it, and what became of it.
+
+A notebook ends in claims. Each names its bound once, as a number; the words of the criterion and
+the outcome are made from it:
+
+* the bound is met: a published claim is *reproduced*, one of ours *holds*;
+* the bound is missed, but the 95 % interval of the value reaches it, or, where there is no
+  interval, the value comes within a tenth of it: *partly*;
+* else a published claim is *not reproduced*, ours *does not hold*.
+
+A claim without a value is *not run*. One that a profile can not put to the test, such as a planted
+cause in photographs, is *not applicable*.
+"""
+
+import json
+import operator
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+
+from helpers.runtime import ROOT, folder
+
+BOUNDS = {
+    "at_least": ("at least {}", operator.ge),
+    "at_most": ("at most {}", operator.le),
+    "above": ("above {}", operator.gt),
+    "below": ("below {}", operator.lt),
+    "within": ("from {} to {}", lambda value, ends: ends[0] <= value <= ends[1]),
+    "equal": ("exactly {}", operator.eq),
+    "interval_above": ("95 % interval above {}", operator.gt),
+}
+SOURCES = ("paper", "thesis", "here")
+DEFAULT = "vehicles"  # the data set whose ids are bare, in notebooks that run on several
+PUBLISHED, OWN = ("reproduced", "not reproduced"), ("holds", "does not hold")
+WORDS = (*PUBLISHED, "partly", *OWN, "not run", "not applicable")
+
+
+def claim(id, text, value, *, of="here", published=None, interval=None, applies=True, **bound):
+    """Return a claim as a dict, with its outcome.
+
+    value : the number that decides; None where it was not computed; or what has a `mean` and an
+    `interval`, as `evaluation.mean_of` returns. interval : (low, high) at 95 %.
+    bound : one of at_least=, at_most=, above=, below=, within=(low, high), equal=, and
+    interval_above=, which asks it of the lower end of the interval.
+    of : whose claim it is, "paper", "thesis", or "here" (ours); published : their number.
+    applies : False where this profile can not put it to the test.
+    """
+    ((kind, limit),) = bound.items()
+    if kind not in BOUNDS or of not in SOURCES:
+        raise ValueError(f"claim {id}: bounds are {', '.join(BOUNDS)}; of is one of {SOURCES}")
+    if of == "here" and published is not None:
+        raise ValueError(f"claim {id}: a published number is the paper's or the thesis's")
+    if hasattr(value, "interval"):
+        value, interval = value.mean, value.interval
+    if interval is not None and not np.isfinite(np.asarray(interval, float)).all():
+        interval = None
+    if kind == "interval_above" and value is not None and interval is None:
+        raise ValueError(f"claim {id}: interval_above asks it of an interval, and there is none")
+    stated = {"id": id, "claim": text, "of": of, "published": published, kind: limit}
+    known = {"value": value if applies else None, "interval": interval if applies else None}
+    known = _plain({name: v for name, v in (stated | known).items() if v is not None})
+    word = outcome(known) if applies else "not applicable"
+    return {**known, "value": known.get("value"), "verdict": word}
+
+
+def bound_of(claim):
+    """Return the kind of a claim's bound and its number, or its two."""
+    return next((kind, claim[kind]) for kind in BOUNDS if kind in claim)
+
+
+def criterion(claim):
+    """Return the words of a claim's criterion."""
+    kind, limit = bound_of(claim)
+    return BOUNDS[kind][0].format(*(f"{end:.6g}" for end in np.atleast_1d(limit)))
+
+
+def outcome(claim):
+    """Return what became of a claim, one of WORDS, by the rule that stands at the top."""
+    value, interval, (kind, limit) = claim.get("value"), claim.get("interval"), bound_of(claim)
+    if value is None:
+        return "not run"
+    met = BOUNDS[kind][1]
+    decides = interval[0] if kind == "interval_above" else value
+    yes, no = OWN if claim["of"] == "here" else PUBLISHED
+    if met(decides, limit):
+        return yes
+    if kind == "interval_above":
+        near = value > limit
+    elif interval is not None:
+        near = _reaches(interval, limit)
+    else:
+        near = any(abs(value - end) <= 0.1 * abs(end) for end in np.atleast_1d(limit))
+    return "partly" if near else no
+
+
+def _reaches(interval, limit):
+    low, high = min(np.atleast_1d(limit)), max(np.atleast_1d(limit))
+    return interval[0] <= high and interval[1] >= low
+
+
+def show_number(value):
+    """Return a number as text with three digits; rounding noise (below 1e-9) is said to be that."""
+    if value is None or np.isnan(value):
+        return "-"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    if value != 0 and abs(value) < 1e-9:
+        return "below 1e-9"
+    return f"{value:.3g}"
+
+
+def show_value(claim):
+    """Return a claim's value as text, with its interval where it has one."""
+    value = show_number(claim["value"])
+    ends = claim.get("interval")
+    return f"{value} ({' to '.join(map(show_number, ends))})" if ends else value
+
+
+def table(claims):
+    """Return claims as a table to show."""
+    rows = [
+        {
+            "id": c["id"],
+            "claim": c["claim"],
+            "of": c["of"],
+            "published": show_number(c.get("published")),
+            "criterion": criterion(c),
+            "value": show_value(c),
+            "verdict": c["verdict"],
+        }
+        for c in claims
+    ]
+    pd.set_option("display.max_colwidth", 80, "display.width", 220)
+    return pd.DataFrame(rows).set_index("id")
+
+
+def write(notebook, profile, parameters, claims, *, dataset=None):
+    """Write claims to runs/<profile>/figures/NN_verdicts.json and return the table to show.
+
+    dataset : of a notebook that runs on several, which one. All runs share one file, in which each
+    replaces its own claims; ids on another data set than DEFAULT get the prefix `<dataset>_`.
+    """
+    path = folder("runs", profile, "figures") / f"{notebook[:2]}_verdicts.json"
+    if dataset not in (None, DEFAULT):
+        claims = [{**c, "id": f"{dataset}_{c['id']}", "dataset": dataset} for c in claims]
+    with FileLock(path.with_suffix(".lock")):
+        record = _without(path, dataset)
+        record["runs"][dataset or "all"] = {"parameters": parameters, **_made_with(profile)}
+        record["verdicts"] += claims
+        record["verdicts"].sort(key=lambda c: c.get("dataset", ""))
+        runs = dict(sorted(record["runs"].items(), key=lambda run: (run[0] != DEFAULT, run[0])))
+        record = {"notebook": notebook, "profile": profile, **record, "runs": runs}
+        path.write_text(json.dumps(_plain(record), indent=1) + "\n", encoding="utf-8")
+    return table(claims)
+
+
+def forget(path, dataset):
+    """Take the claims of a data set out of a file that `write` wrote, where there is one."""
+    if path.exists():
+        path.write_text(json.dumps(_without(path, dataset), indent=1) + "\n", encoding="utf-8")
+
+
+def _without(path, dataset):
+    """Return the record in a file, if there is one, without what a data set's run put there."""
+    if not path.exists() or dataset is None:
+        return {"runs": {}, "verdicts": []}
+    record, own = read_record(path), None if dataset == DEFAULT else dataset
+    record["runs"].pop(dataset, None)
+    record["verdicts"] = [c for c in record["verdicts"] if c.get("dataset") != own]
+    return record
+
+
+def _made_with(profile):
+    """Return what a run was made with; of `demo`, whose results are the same everywhere, less."""
+    import keras
+    import tensorflow as tf
+
+    versions = {"tensorflow": tf.__version__, "keras": keras.__version__, "numpy": np.__version__}
+    if profile == "demo":
+        return {"versions": versions, "command": "make reproduce"}
+    return {
+        "versions": versions,
+        "command": f"make {profile}",
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _commit():
+    """Return the commit that made a result, "-dirty" if its code had uncommitted changes."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", "helpers", "notebooks", "params")
+    return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
+
+
+def _git(*words):
+    try:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _plain(value):
+    """Return JSON types, floats with six significant digits (arrays become lists)."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
+        return [_plain(v) for v in list(value)]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value
+
+
+# ---------------------------------------------------------------- what was written
+
+
+def committed(profile):
+    """Return the folder of a profile's committed verdicts and figures."""
+    return ROOT / "figures" / profile
+
+
+def results(profile):
+    """Return the folder of a profile's last run; of the committed verdicts where none was made."""
+    of_run = folder("runs", profile, "figures")
+    others = [path for path in of_run.glob("[0-9][0-9]_verdicts.json") if path.name[:2] != "16"]
+    return of_run if others else committed(profile)
+
+
+def read_record(path):
+    """Return what `write` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def written(where, chosen=None):
+    """Return the claims in a folder, of all or of some notebooks, as one table in their order."""
+    records = [read_record(path) for path in sorted(where.glob("[0-9][0-9]_verdicts.json"))]
+    names = None if chosen is None else {path.stem for path in chosen}
+    rows = [
+        {"notebook": r["notebook"], **c, "shown": show_value(c), "criterion": criterion(c)}
+        for r in records
+        if names is None or r["notebook"] in names
+        for c in r["verdicts"]
+    ]
+    columns = ["notebook", "id", "claim", "of", "criterion", "value", "shown", "verdict"]
+    return pd.DataFrame(rows).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)

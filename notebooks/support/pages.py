@@ -1,0 +1,103 @@
+"""The pages that are made from what is committed: the README's table and figures/*/VERDICTS.md."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from helpers.runtime import ROOT, folder
+from support.claims import OWN, PUBLISHED, committed, written
+
+OPEN = ("not run", "not applicable")
+
+
+def notebooks():
+    """Return the committed notebooks as a table: their question (the title) and their answer."""
+    rows = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        question = title.partition(" · ")[2].partition("\n")[0]
+        answer = " ".join(title.partition("**Answer.**")[2].partition("\n\n")[0].split())
+        rows.append((path.stem, question, answer))
+    return pd.DataFrame(rows, columns=["notebook", "question", "answer"])
+
+
+def fared(claims):
+    """Return two texts on a table of claims: how many published ones, and how many of ours, hold.
+
+    Counted are those that were put to the test.
+    """
+    texts = []
+    for own in (False, True):
+        asked = claims[(claims["of"] == "here") == own].query("verdict not in @OPEN")
+        met = asked["verdict"].isin([PUBLISHED[0], OWN[0]])
+        texts.append(f"{met.sum()} of {len(asked)}" if len(asked) else "-")
+    return texts
+
+
+def summary_page():
+    """Return the README's table: one line a notebook, how its claims fared in demo and real."""
+    tables = [written(committed(profile)) for profile in ("demo", "real")]
+    columns = ["notebook", "question", "in short", "drawn: published", "drawn: ours"]
+    lines = [_markdown_row([*columns, "real: published", "real: ours"]), "|" + " --- |" * 7]
+    for row in notebooks().itertuples():
+        told = [text for t in tables for text in fared(t[t["notebook"] == row.notebook])]
+        cells = [_link(row.notebook, row.notebook[:2]), row.question, _in_short(row.answer), *told]
+        lines.append(_markdown_row(cells))
+    return "\n".join(lines)
+
+
+def verdict_page(profile):
+    """Return figures/<profile>/VERDICTS.md: every claim, and of `demo` the answers and figures.
+
+    The notebooks' answers are the demo's; those of photographs stand in the values alone.
+    """
+    where, drawn = committed(profile), profile == "demo"
+    claims, lines = written(where), [f"# Every claim of the profile `{profile}`", ""]
+    for row in notebooks().itertuples():
+        own = claims[claims["notebook"] == row.notebook]
+        title = _link(row.notebook, f"{row.notebook[:2]} · {row.question}", up="../../")
+        lines += [f"## {title}", ""]
+        if drawn or not len(own):
+            lines += [row.answer if len(own) else "Not run yet.", ""]
+        if len(own):
+            lines += ["| claim | whose | criterion | value | outcome |", "|" + " --- |" * 5]
+        for c in own.itertuples():
+            whose = "ours" if c.of == "here" else c.of
+            cells = [f"{c.claim} (`{c.id}`)", whose, c.criterion, c.shown, c.verdict]
+            lines.append(_markdown_row(cells))
+        if drawn:  # photographs are not ours to show
+            figures = sorted(where.glob(f"{row.notebook[:2]}_*.png"))
+            lines += [f"\n![{f.stem.replace('_', ' ')}]({f.name})" for f in figures]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _markdown_row(cells):
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _link(notebook, text, up=""):
+    return f"[{text}]({up}notebooks/{notebook}.ipynb)"
+
+
+def _in_short(answer, least=50):
+    """Return an answer's first sentence, and the next where the first says too little."""
+    ends = [m.end() for m in re.finditer(r"[.](?= [A-Z*]|$)", answer)]
+    return answer[: next((end for end in ends if end >= least), None)]
+
+
+def update_readme(path=None):
+    """Rewrite the README's table between its markers, and figures/<profile>/VERDICTS.md."""
+    path = Path(path or ROOT / "README.md")
+    start, end = "<!-- notebooks -->", "<!-- end notebooks -->"
+    head, rest = path.read_text(encoding="utf-8").split(start)
+    path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    for profile in ("demo", "real"):
+        page = folder("figures", profile) / "VERDICTS.md"
+        page.write_text(verdict_page(profile), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update_readme()

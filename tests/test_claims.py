@@ -1,0 +1,220 @@
+"""Claims and what becomes of them, figures, and the pages made from what is committed."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import runtime
+from support import claims, evaluation, figures, pages
+from support.claims import claim
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_scratch_project(tmp_path, monkeypatch):
+    for module in (runtime, claims, pages):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+
+
+def four():
+    return [
+        claim("a", "claim a", np.float64(1.2345), at_least=1, of="paper", published=1.5),
+        claim("b", "claim b", 0.95, at_least=1, of="thesis"),
+        claim("c", "claim c", 3e-14, at_least=1),
+        claim("d", "claim d", None, at_least=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "bound", "word"),
+    [
+        (2, None, {"at_least": 2}, "holds"),
+        (1.81, None, {"at_least": 2}, "partly"),
+        (1.79, None, {"at_least": 2}, "does not hold"),
+        (1.79, (1.5, 2.1), {"at_least": 2}, "partly"),
+        (1.99, (1.98, 1.995), {"at_least": 2}, "does not hold"),  # ruled out, if only just
+        (2, None, {"above": 2}, "partly"),
+        (2, None, {"at_most": 2}, "holds"),
+        (2.3, (1.9, 2.6), {"at_most": 2}, "partly"),
+        (2.3, None, {"below": 2}, "does not hold"),
+        (1.1, None, {"within": (0.8, 1.25)}, "holds"),
+        (1.3, None, {"within": (0.8, 1.25)}, "partly"),
+        (1.5, None, {"within": (0.8, 1.25)}, "does not hold"),
+        (0.7, (0.5, 0.9), {"within": (0.8, 1.25)}, "partly"),
+        (3, None, {"equal": 3}, "holds"),
+        (0.2, None, {"equal": 0}, "does not hold"),
+        (0.5, (0.1, 0.9), {"interval_above": 0}, "holds"),
+        (0.5, (-0.1, 0.9), {"interval_above": 0}, "partly"),
+        (-0.5, (-0.9, 0.1), {"interval_above": 0}, "does not hold"),
+        (None, None, {"at_least": 2}, "not run"),
+    ],
+)
+def test_one_rule_says_what_became_of_a_claim(value, interval, bound, word):
+    ours = claim("a", "", value, interval=interval, **bound)
+    assert ours["verdict"] == word
+    theirs = claim("a", "", value, interval=interval, of="paper", **bound)["verdict"]
+    assert theirs == {"holds": "reproduced", "does not hold": "not reproduced"}.get(word, word)
+
+
+def test_words_of_a_criterion_come_from_its_numbers():
+    assert claims.criterion(claim("a", "", 1, at_most=1e-10)) == "at most 1e-10"
+    assert claims.criterion(claim("a", "", 1, within=(0.8, 1.25))) == "from 0.8 to 1.25"
+    assert (
+        claims.criterion(claim("a", "", 1, interval=(0, 2), interval_above=0))
+        == "95 % interval above 0"
+    )
+
+
+def test_claims_that_can_not_be_asked_or_are_not_well_put():
+    planted = claim("a", "", 0.9, at_least=0.5, interval=(0.8, 1), applies=False)
+    assert planted["verdict"] == "not applicable"
+    assert planted["value"] is None
+    with pytest.raises(ValueError, match="bounds are at_least"):
+        claim("a", "", 1, as_much_as=2)
+    with pytest.raises(ValueError, match="bounds"):
+        claim("a", "", 1, at_least=2, of="them")
+    with pytest.raises(ValueError, match="paper's or the thesis's"):
+        claim("a", "", 1, at_least=2, published=3)
+    with pytest.raises(ValueError, match="there is none"):
+        claim("a", "", 1, interval_above=0)
+    with pytest.raises(ValueError, match="unpack"):
+        claim("a", "", 1, at_least=2, at_most=3)
+
+
+def test_claims_are_written_and_read_back(tmp_path):
+    table = claims.write("04_influence", "demo", {"seed": 0}, four())
+    assert table["verdict"].tolist() == ["reproduced", "partly", "does not hold", "not run"]
+    assert table["value"].tolist() == ["1.23", "0.95", "below 1e-9", "-"]
+    assert table["published"].tolist() == ["1.5", "-", "-", "-"]
+    path = tmp_path / "runs" / "demo" / "figures" / "04_verdicts.json"
+    record = claims.read_record(path)
+    assert record["runs"]["all"]["parameters"] == {"seed": 0}
+    assert record["verdicts"][0] == {
+        "id": "a",
+        "claim": "claim a",
+        "of": "paper",
+        "published": 1.5,
+        "at_least": 1,
+        "value": 1.2345,
+        "verdict": "reproduced",
+    }
+    assert "commit" not in record["runs"]["all"]
+    read = claims.written(claims.results("demo"))
+    assert read["id"].tolist() == ["a", "b", "c", "d"]
+    assert read["criterion"].tolist() == ["at least 1"] * 4
+
+
+def test_results_are_those_of_the_last_run_or_the_committed_ones(tmp_path):
+    assert claims.results("demo") == tmp_path / "figures" / "demo"
+    claims.write("16_summary", "demo", {}, four())  # sums up, is no run
+    assert claims.results("demo") == tmp_path / "figures" / "demo"
+    for name in ("03_curvature", "04_influence"):
+        claims.write(name, "demo", {}, four())
+    assert claims.results("demo") == tmp_path / "runs" / "demo" / "figures"
+    some = claims.written(claims.results("demo"), [tmp_path / "04_influence.ipynb"])
+    assert set(some["notebook"]) == {"04_influence"}
+
+
+def test_an_interval_is_shown_with_its_value_and_read_back():
+    assert claim("a", "", evaluation.Mean(2, 1), at_least=1)["interval"] == [1, 3]
+    shares = {"known": (0.02, 0.21), "unknown": (np.nan, np.nan), "absent": None}
+    found = [claim(id, "", 0.0667, at_least=0.1, interval=i) for id, i in shares.items()]
+    table = claims.write("11_attack_study", "demo", {}, found)
+    assert table["value"].tolist() == ["0.0667 (0.02 to 0.21)", "0.0667", "0.0667"]
+    assert claims.written(claims.results("demo"))["shown"].tolist() == table["value"].tolist()
+
+
+def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
+    claims.write("04_influence", "demo", {}, four())
+    written = (tmp_path / "runs" / "demo" / "figures" / "04_verdicts.json").read_bytes()
+    (tmp_path / "notebooks").mkdir()
+    for name in ("04_influence", "05_other"):
+        answer = f"**Answer.** Short. It is\nso, on {'x' * 60}. And more.\n\nNo."
+        title = f"# {name[:2]} · Why?\n\n{answer}"
+        cell = {"cell_type": "markdown", "source": title.splitlines(keepends=True)}
+        text = json.dumps({"cells": [cell]})
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(text, encoding="utf-8")
+    for profile in ("demo", "real"):
+        claims.committed(profile).mkdir(parents=True)
+        (claims.committed(profile) / "04_verdicts.json").write_bytes(written)
+        (claims.committed(profile) / "04_picture.png").touch()
+    readme = tmp_path / "README.md"
+    frame = "before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n"
+    readme.write_text(frame, encoding="utf-8")
+    pages.update_readme(readme)
+    text = readme.read_text(encoding="utf-8")
+    assert "old" not in text
+    answer = f"Short. It is so, on {'x' * 60}."
+    told = "1 of 2 | 0 of 1"  # of the published claims one is reproduced; of ours one was asked
+    assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | {told} | {told} |" in text
+    assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - | - | - |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")
+    assert "| claim b (`b`) | thesis | at least 1 | 0.95 | partly |" in page
+    assert "![04 picture](04_picture.png)" in page
+    assert "Not run yet." in page
+    assert answer in page
+    page = (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
+    assert "| claim c (`c`) | ours | at least 1 | below 1e-9 | does not hold |" in page
+    assert ".png" not in page
+    assert "It is" not in page  # the answer is the demo's
+
+
+def test_figures_store_their_numbers(tmp_path):
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    axis.plot([1, 2])
+    numbers = {"y": np.array([1 / 3, np.nan]), "n": np.int64(2)}
+    shown = figures.save(figure, "00_line", "demo", **numbers)
+    where = tmp_path / "runs" / "demo" / "figures"
+    assert (where / "00_line.png").read_bytes() == shown.data
+    stored = json.loads((where / "00_line.json").read_text(encoding="utf-8"))
+    assert stored == {"y": [0.333333, None], "n": 2}
+    assert not plt.get_fignums()
+
+
+def test_agreement_curves_and_galleries_are_drawn():
+    import matplotlib.pyplot as plt
+
+    x = np.array([-1.0, 0.5, 2.0])
+    figure = figures.agreement({"first order": (x, 2 * x), "Newton": (x, x)}, colour=x, symlog=0.1)
+    assert figure.axes[0].get_title() == "first order\nr 1.00, slope 2.00"
+    assert figure.axes[1].get_title() == "Newton\nr 1.00, slope 1.00"
+    axis = plt.subplots()[1]
+    figures.curves(axis, x, {"a": x, "b": (x, x - 1, x + 1)}, xlabel="step")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert len(axis.collections) == 1  # the band
+    images = [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8))]
+    grid = figures.gallery(images, ["a", "b"], columns=3, titles=["row"])
+    assert len(grid.axes) == 3
+    assert grid.axes[0].get_xlabel() == "a"
+    plt.close("all")
+
+
+def test_captions_name_index_kind_and_influence():
+    table = pd.DataFrame({"subtype": ["jeep", "sports_car"]})
+    shown = figures.captions(table, [1, 0], [0.01234, -2e-5])
+    assert shown == ["1 sports car\n+0.012", "0 jeep\n-2e-05"]
+
+
+def test_agreement_has_slope_and_refuses_constants():
+    predicted = np.array([1.0, 2.0, 3.0, -1.0])
+    perfect = evaluation.agreement(predicted, 2 * predicted)
+    assert perfect == pytest.approx((1.0, 1.0, 2.0, 0.5))
+    with pytest.raises(ValueError, match="different loss changes"):
+        evaluation.agreement(np.zeros(5), predicted[:1].repeat(5))
+
+
+def test_test_points_are_chosen_by_rule():
+    losses = np.array([0.1, 3.0, 0.2, 0.9, 0.05, 0.01, 2.0, 0.02])
+    correct = losses < 1
+    points = evaluation.choose_test_points(losses, correct, k=2)
+    assert points["hardest correct"].tolist() == [3, 2]
+    assert points["misclassified"].tolist() == [1, 6]
+    assert not set(points["random correct"]) & {1, 2, 3, 6}
