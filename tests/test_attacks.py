@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from conftest import BINARY
 
-from helpers import attacks, influence, models, retraining, runtime
+from helpers import influence, models, retraining, runtime
 from helpers.features import Backbone
 from helpers.objective import Objective
+from studies import attacks
 
 TARGETS = [np.array([0]), np.array([1]), np.array([2, 3, 4])]
 CARRIERS = [np.array([3]), np.array([7, 3]), np.array([11, 20, 5])]
@@ -38,8 +39,8 @@ def setting():
 
 
 def mean_losses(setting, targets, carriers, pictures):
-    chances, _ = setting.judge(targets, carriers, pictures)
-    return np.array([-np.log(p).mean() for p in chances])
+    logits, _ = setting.judge(targets, carriers, pictures)
+    return np.array([np.logaddexp(0, -z).mean() for z in logits])
 
 
 def test_the_pull_is_the_derivative_of_the_influence_in_the_pixels(setting):
@@ -115,11 +116,12 @@ def test_directions_at_the_clean_head_are_s_test(setting):
 def test_scores_and_cotangent_norms(setting):
     s, rows = setting.directions(TARGETS), np.arange(10)
     phi, pull = setting.see(setting.images[rows])
-    norms, scores = setting.cotangent_norms(s)[rows], setting.scores(s, rows)
+    norms = setting.cotangent_norms(s)[rows]
     for j in range(3):
         c = attacks.cotangent(s[:, j], phi, setting.y[rows], setting.theta)
         np.testing.assert_allclose(norms[:, j], np.linalg.norm(c, axis=1), rtol=1e-9)
-        np.testing.assert_allclose(scores[:, j], np.abs(pull(c)).sum((1, 2, 3)), rtol=1e-9)
+        scores = setting.scores(s[:, j], rows)
+        np.testing.assert_allclose(scores, np.abs(pull(c)).sum((1, 2, 3)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("box", [0.5, 3.0])
@@ -161,15 +163,40 @@ def test_an_interrupted_run_goes_on_where_it_was(setting, tmp_path, monkeypatch)
         return see(self, x)
 
     monkeypatch.setattr(attacks.Attacks, "see", counted)
+    monkeypatch.setattr(setting, "keep", runtime.checkpoint(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        setting.attack(TARGETS, CARRIERS, steps=3, checkpoint=runtime.checkpoint(tmp_path))
+        setting.attack(TARGETS, CARRIERS, steps=3)
     monkeypatch.setattr(setting, "theta", setting.theta * (1 + 1e-15))  # of another run's fit
-    again = setting.attack(TARGETS, CARRIERS, steps=3, checkpoint=runtime.checkpoint(tmp_path))
+    again = setting.attack(TARGETS, CARRIERS, steps=3)
     assert len(calls) == 6 + 4  # the finished batch was not done again, the other one was
     for a, b in zip(whole, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    setting.attack(TARGETS, CARRIERS, steps=3, box=0.4, checkpoint=runtime.checkpoint(tmp_path))
+    setting.attack(TARGETS, CARRIERS, steps=3, box=0.4)
     assert len(calls) > 10  # other settings, other files
+
+
+def test_carriers_are_chosen_by_the_papers_criterion(setting):
+    """With everything on the shortlist: by L1 norm of all training pictures."""
+    rows, scores = attacks.choose(setting, TARGETS, 60)
+    for j, s in enumerate(setting.directions(TARGETS).T):
+        everyone = setting.scores(s, np.arange(60))
+        np.testing.assert_array_equal(rows[j], np.argsort(-everyone))
+        np.testing.assert_allclose(scores[j], everyone[rows[j]], rtol=1e-9)
+
+
+def test_more_and_more_carriers_until_each_flips(setting):
+    """What is recorded of each test picture is what refits with its pictures show."""
+    targets = list(np.flatnonzero(setting.margin > 0)[:4, None])
+    rows, _ = attacks.choose(setting, targets, 10)
+    settings = {"box": 8.0, "step": 4.0, "steps": 3}
+    ladder = attacks.one_by_one(setting, targets, rows, [1, 2, 5], **settings)
+    logits, _ = setting.judge(targets, ladder.carriers, ladder.pictures)
+    np.testing.assert_allclose(ladder.left, np.concatenate(logits), atol=1e-9)
+    assert (ladder.left <= setting.margin[np.concatenate(targets)]).all()
+    np.testing.assert_array_equal(ladder.needed > 0, ladder.left < 0)
+    for needed, own, x in zip(ladder.needed, ladder.carriers, ladder.pictures, strict=True):
+        assert needed in (0, len(own))
+        assert np.abs(x - setting.images[own]).max() <= 8 + 1e-9
 
 
 def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():

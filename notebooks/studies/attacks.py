@@ -19,10 +19,8 @@ from typing import NamedTuple
 import cv2
 import keras
 import numpy as np
-import pandas as pd
 import tensorflow as tf
 from scipy.special import expit
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
@@ -65,7 +63,7 @@ class Attacks:
         The pull takes what the forward pass has kept: both cost one pass forward and one back.
         """
         x = tf.convert_to_tensor(np.asarray(x, self.backbone.model.compute_dtype))
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
             features = self._features(x)
 
@@ -257,15 +255,11 @@ def check_pixels(attacker, tests, test_images):
     np.testing.assert_allclose(shown, attacker.phi[:16], rtol=0, atol=10 * atol)
 
 
-class Carriers(NamedTuple):
-    """Training pictures as carriers for k targets, best first: rows and scores, (k, shortlist)."""
-
-    rows: np.ndarray
-    scores: np.ndarray
-
-
 def choose(attacker, targets, shortlist):
-    """Return the Carriers, of the training pictures with the largest ||c||, by L1 norm of J' c."""
+    """Return carriers for k targets, best first: (rows, their L1 norms of J' c), (k, shortlist).
+
+    Only the training pictures with the largest ||c|| are looked at.
+    """
     s = attacker.directions(targets)
     short = np.argsort(-attacker.cotangent_norms(s), axis=0, kind="stable")[:shortlist].T
     scores = np.empty(short.shape)
@@ -273,7 +267,7 @@ def choose(attacker, targets, shortlist):
         numbers, own = [np.float32(attacker.theta), target, rows], (s[:, j], rows)
         scores[j] = attacker.keep(numbers, lambda own=own: attacker.scores(*own))
     order = np.argsort(-scores, axis=1, kind="stable")
-    return Carriers(*(np.take_along_axis(values, order, 1) for values in (short, scores)))
+    return tuple(np.take_along_axis(values, order, 1) for values in (short, scores))
 
 
 class Ladder(NamedTuple):
@@ -347,44 +341,13 @@ def triptychs(attacker, kinds, rows, pictures):
     return shown, text
 
 
-def drift(data, i, moved):
-    """Return where training picture i lies among all, before and after it got the features `moved`.
-
-    Two panels, (own class, other class, carrier before and after): distances to the centroids of
-    the own and the other class; and distances from the own class's mean, inside and outside the
-    span of the principal components that hold 99 % of its variance. The components are those of
-    every second picture of the class, so that the others are judged as the carrier is.
-    """
-    x, y = data.x_train, data.y_train
-    own, others = x[(y == y[i]) & (np.arange(len(y)) != i)], x[y != y[i]]
-    carrier, pca = np.stack([x[i], moved]), PCA(0.99, svd_solver="full").fit(own[::2])
-
-    def to_centroids(rows):
-        return [np.linalg.norm(rows - of.mean(0), axis=1) for of in (own, others)]
-
-    def to_components(rows):
-        inside = pca.transform(rows)
-        outside = rows - pca.inverse_transform(inside)
-        return [np.linalg.norm(part, axis=1) for part in (inside, outside)]
-
-    first = [to_centroids(rows) for rows in (own, others, carrier)]
-    return first, [to_components(rows) for rows in (own[1::2], others, carrier)]
-
-
-class Levels(NamedTuple):
-    """One carrier each, altered within several boxes and saved in several ways.
-
-    falls : of the margins, (boxes, KINDS, k). saved : {box: altered pictures in whole levels}.
-    clean : fall by a JPEG of the carrier that nobody altered, (k,).
-    """
-
-    falls: np.ndarray
-    saved: dict
-    clean: np.ndarray
-
-
 def levels(attacker, targets, carriers, boxes, *, stride, steps):
-    """Return the Levels of single test pictures; every attack takes all steps, of stride * box."""
+    """Return (falls, saved, clean) of single test pictures, one carrier each, in several boxes.
+
+    Every attack takes all steps, of stride * box. falls : of the margins (boxes, KINDS, k), by
+    altered pictures kept in several ways. saved : {box: those in whole levels}. clean : fall by a
+    JPEG of the carrier that nobody altered, (k,).
+    """
     originals, falls, kept = [attacker.images[rows] for rows in carriers], [], {}
     for box in boxes:
         options = {"box": box, "step": box * stride, "steps": steps, "stop": 0}
@@ -393,7 +356,7 @@ def levels(attacker, targets, carriers, boxes, *, stride, steps):
         versions = made, kept[box], [jpeg(x) for x in kept[box]]
         falls.append([attacker.falls(targets, carriers, x) for x in versions])
     clean = attacker.falls(targets, carriers, [jpeg(x) for x in originals])
-    return Levels(np.array(falls), kept, clean)
+    return np.array(falls), kept, clean
 
 
 def jpeg(pictures):

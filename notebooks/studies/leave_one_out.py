@@ -45,7 +45,7 @@ def spoilt(objective, x, y, weight_decay, steps=20):
     solutions = {}
     for k in (1, 10):
         solution = solvers.solve_cholesky(hessian, gradients, damping=k * weight_decay)
-        solutions[f"damping of {k} weight decays"] = solution
+        solutions[f"damping of {k} x weight decay"] = solution
     for rank in (50, 200):
         kept = vectors[:, -rank:]
         solution = kept @ ((kept.T @ gradients) / values[-rank:, None])

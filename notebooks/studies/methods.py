@@ -48,11 +48,6 @@ def averaged(x, side):
     return x.reshape(-1, side, block, side, block).mean((2, 4)).reshape(len(x), -1)
 
 
-def without_margin(x):
-    """Return pictures (k, 784) without their empty margin, (k, 22, 22, 1)."""
-    return x.reshape(-1, 28, 28, 1)[:, 3:25, 3:25]
-
-
 def mlp(d, hidden):
     """Return a network of two hidden layers with batch normalisation, for d inputs and ten classes.
 

@@ -142,7 +142,7 @@ def _clusters(data, seed):
 
 def _bound(x, y, weight_decay):
     """Return the Objective of a linear head without a bias on classes y (n,)."""
-    losses, classes = keras.losses, y.max() + 1
+    losses, classes = keras.losses, int(y.max()) + 1
     kind = losses.BinaryCrossentropy if classes == 2 else losses.SparseCategoricalCrossentropy
     y = y.astype(float) if classes == 2 else y
     head = models.linear_head(x.shape[1], classes)
@@ -177,6 +177,7 @@ def study(problem, draws, *, seed=0):
     ]
     scores = {name: np.stack([s[name] for s in each], axis=1) for name in each[0]}
     scores["confident learning"] = _out_of_fold(problem, labels, fits.theta, seed)
+    scores = {name: scores[name] for name in (*RANKINGS, "released formula") if name in scores}
     flipped = labels != problem.y[:, None]
     return Study(labels, flipped, fits.theta, scores, fits.gradient_norm.max())
 

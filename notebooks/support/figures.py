@@ -52,6 +52,10 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
         if symlog:
             axis.set_xscale("symlog", linthresh=symlog)
             axis.set_yscale("symlog", linthresh=symlog)
+            axis.xaxis.get_major_locator().set_params(numticks=5)  # else labels overlap
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.tick_params(labelsize=7)  # seven ticks fit a panel
     axes[0, 0].set_ylabel(f"actual change ({unit})")
     if colour is not None:
         figure.colorbar(dots, ax=axes, label=colour_label)

@@ -1,17 +1,24 @@
-"""Shifted test pictures: light, rain, cover, two controls, and adversarial noise.
+"""Shifted test pictures: light, rain, cover, two controls, adversarial noise; what they change.
 
 A corruption is a pure function of (picture, severity, generator): uint8 RGB (h, w, 3) in, a new one
 out. Severities go from 1 to 5 as in ImageNet-C (Hendrycks & Dietterich 2019); 3 is the thesis's own
 strength where it states one. Numbers in pixels are the thesis's, for 299 pixels a side, and scale.
+n training pictures, m test pictures, d features.
 """
 
 import functools
 from typing import NamedTuple
 
 import cv2
+import keras
 import numpy as np
+import pandas as pd
 import tensorflow as tf
+from scipy import stats
 from tqdm.auto import tqdm
+
+from helpers import features, rendering
+from support import evaluation
 
 LIGHT = (40, 70, 100, 130, 160)  # grey levels; thesis: 100
 GAMMA = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -113,6 +120,17 @@ def jpeg(picture, severity, rng=None):
     return cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+CAMERA = {
+    "bright": bright,
+    "dark": dark,
+    "gamma": gamma,
+    "rain": rain,
+    "cover": cover,
+    "JPEG": jpeg,
+    "noise": noise,
+}
+
+
 def corrupt(pictures, corruption, severity, *, seed=0, **each):
     """Return the corruption of all pictures (m, h, w, 3) uint8, as a new array.
 
@@ -197,3 +215,155 @@ def attack(pictures, labels, backbone, weights, *, bias=0.0, step=STEP, box=BOX,
             done, active = done + some, active[taken[active] == done + some]
             bar.update(len(x) - len(active) - bar.n)
     return Attack(x, taken)
+
+
+# ---------------------------------------------------------------- the study
+
+
+def in_turn(labels, k, *, seed=0):
+    """Return k row numbers of labels (m,) 0 or 1, one of each class in turn, else at random."""
+    rngs = [np.random.default_rng([seed, 12, c]) for c in (0, 1)]
+    rows = [rng.permutation(np.flatnonzero(labels == c))[: k // 2] for c, rng in enumerate(rngs)]
+    return np.stack(rows, axis=1).ravel()
+
+
+def is_drawn(table):
+    """Return whether all pictures of a manifest are drawings, whose outlines are known."""
+    return table["path"].str.startswith("rendered:").all()
+
+
+def object_masks(table, size):
+    """Return where the objects are, (m, size, size) bool.
+
+    The outline of a drawing; of a photograph the centred box of half the side.
+    """
+    if is_drawn(table):
+        seeds = table["path"].str.split(":").str[1].astype(int)
+        rows = zip(table.to_dict("records"), seeds, strict=True)
+        return np.stack([rendering.silhouette(row, seed=k, size=size) for row, k in rows])
+    half = np.abs(np.arange(size) - (size - 1) / 2) < size / 4
+    return np.repeat((half[:, None] & half)[None], len(table), axis=0)
+
+
+def surrogate(data, epochs):
+    """Return the thesis's attacked head on Vehicles, {"weights": (d,), "bias": number} of a logit.
+
+    A softmax with a bias, trained by gradient descent on the features.
+    """
+    layers = [keras.Input((data.x_train.shape[1],)), keras.layers.Dense(2, activation="softmax")]
+    model, decaying = keras.Sequential(layers), keras.optimizers.schedules.InverseTimeDecay
+    rate = decaying(0.001, 1, 0.001)
+    model.compile(keras.optimizers.SGD(rate), keras.losses.SparseCategoricalCrossentropy())
+    model.fit(data.x_train, data.y_train, batch_size=100, epochs=epochs, verbose=0)
+    kernel, bias = model.get_weights()
+    return {"weights": kernel[:, 1] - kernel[:, 0], "bias": bias[1] - bias[0]}
+
+
+class Attacked(NamedTuple):
+    """Features (m, d) of attacked pictures and of the same in 8 bits, and rounds taken (m,)."""
+
+    phi: np.ndarray
+    rounded: np.ndarray
+    rounds: np.ndarray
+
+
+def measure(pictures, backbone, keep):
+    """Return the features (m, d) of pictures, float64; `keep` is a runtime.checkpoint."""
+    numbers = [pictures, *backbone.model.get_weights()]
+    return keep(numbers, lambda: features.measure(pictures, backbone)).astype(float)
+
+
+def measure_attacked(pictures, y, backbone, keep, weights, *, bias=0.0, **options):
+    """Return the Attacked of pictures with labels y (m,); options as in `attack`."""
+
+    def compute():
+        found = attack(pictures, y, backbone, weights, bias=bias, **options)
+        both = [features.measure(x, backbone) for x in (found.pictures, np.rint(found.pictures))]
+        return np.hstack([*both, found.rounds[:, None]])
+
+    settings = repr(sorted(options.items())).encode()
+    numbers = [pictures, y, weights, bias, settings, *backbone.model.get_weights()]
+    values = keep(numbers, compute)
+    phi, rounded = np.split(values[:, :-1].astype(float), 2, axis=1)
+    return Attacked(phi, rounded, values[:, -1])
+
+
+def kept(changes, clean, *, k=50, p=0.9):
+    """Return how much of the most helpful training pictures stays, a row a test picture.
+
+    changes, clean : (m, n), predicted loss changes on the shifted and on the clean pictures.
+    "shared of 5" of the five most helpful, "Jaccard 5" and "Jaccard 50", the intersection over the
+    union, and "RBO", the rank-biased overlap (Webber et al. 2010) over k places.
+    """
+    order, before = (np.argsort(-c, axis=1, kind="stable")[:, :k] for c in (changes, clean))
+    place = np.full(changes.shape, k)
+    np.put_along_axis(place, order, np.arange(k)[None], axis=1)
+    later = np.maximum(np.take_along_axis(place, before, axis=1), np.arange(k))
+    common = (later[:, None, :] <= np.arange(k)[:, None]).sum(2)  # shared at depth 1, ..., k
+    weight = (1 - p) * p ** np.arange(k) / (1 - p**k)
+    five, all_k = common[:, 4], common[:, -1]
+    columns = {"shared of 5": five / 5, "Jaccard 5": five / (10 - five)}
+    columns |= {f"Jaccard {k}": all_k / (2 * k - all_k)}
+    return pd.DataFrame(columns | {"RBO": (common / np.arange(1, k + 1)) @ weight})
+
+
+def describe(changes, clean, wrong, wrong_clean, same_kind):
+    """Return what a shift does to the influences on m test pictures, a row a picture.
+
+    changes, clean : (m, n), as in `kept`; wrong, wrong_clean : (m,), 1 - p(true) on both;
+    same_kind : (m, n) bool, training pictures of the test picture's kind.
+    """
+    size, norms = np.abs(changes), np.linalg.norm(changes, axis=1) * np.linalg.norm(clean, axis=1)
+    columns = {
+        "p drop": wrong - wrong_clean,
+        "scale": wrong / wrong_clean,
+        "variance": changes.var(1),
+        "variance ratio": changes.var(1) / clean.var(1),
+        "skew": stats.skew(changes, axis=1),
+        "kurtosis": stats.kurtosis(changes, axis=1),
+        "r with clean": (changes * clean).sum(1) / norms,
+        "same kind": (size * same_kind).sum(1) / size.sum(1),
+        "harm": np.minimum(changes, 0).sum(1),
+        "row": np.arange(len(changes)),
+    }
+    return pd.DataFrame(columns).join(kept(changes, clean))
+
+
+def speedups(pictures, y, backbone, weights, *, rounds=2):
+    """Return the time a picture of two other ways to attack, over that of batches of 16.
+
+    "compiled": a compiled loop over single pictures; "original": a new graph for each picture.
+    """
+    timed = functools.partial(attack, weights=weights, rounds=rounds, stop=2.0, backbone=backbone)
+
+    def batched():
+        timed(pictures[:16], y[:16])
+
+    def compiled():
+        timed(pictures[:4], y[:4], batch_size=1)
+
+    def original():
+        _one_graph(pictures[0], y[0], backbone, weights, rounds)
+
+    ratios = {"compiled": (compiled, 4), "original": (original, 1)}
+    return {
+        name: 16 / k / evaluation.time_ratio(batched, way, repeats=3)
+        for name, (way, k) in ratios.items()
+    }
+
+
+def _one_graph(picture, label, backbone, weights, rounds):
+    """Attack a picture as the original did: its own gradient operations, run round by round."""
+    dtype, sign = backbone.model.compute_dtype, 1 - 2 * label
+    theta, x, low = tf.constant(weights, dtype), np.array(picture[None], dtype), picture - BOX
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            phi = backbone.model(backbone.preprocess(x), training=False)
+            p = tf.sigmoid(sign * tf.linalg.matvec(phi, theta))
+        return tape.gradient(p, x)
+
+    for _ in range(rounds):
+        x = np.clip(x + STEP * np.sign(gradient(tf.constant(x)).numpy()), low, picture + BOX)

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import corruptions, datasets, features, rendering
+from helpers import datasets, features, rendering
+from studies import shifts
 
 SIZE = 48
 PLAIN = ("bright", "dark", "gamma", "rain", "noise", "jpeg")
@@ -43,7 +44,7 @@ def problem(pictures, backbone):
 
 def shifted(name, pictures, masks, severity, seed=0):
     each = {"mask": masks} if name == "cover" else {}
-    return corruptions.corrupt(pictures, getattr(corruptions, name), severity, seed=seed, **each)
+    return shifts.corrupt(pictures, getattr(shifts, name), severity, seed=seed, **each)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, "cover"])
@@ -75,16 +76,14 @@ def test_severity_takes_every_picture_farther_away(name, pictures, masks):
 
 def test_the_thesis_numbers_are_severity_three(pictures):
     picture = pictures[0].astype(int)
-    np.testing.assert_array_equal(
-        corruptions.bright(pictures[0], 3), np.clip(picture + 100, 0, 255)
-    )
-    np.testing.assert_array_equal(corruptions.dark(pictures[0], 3), np.clip(picture - 100, 0, 255))
-    assert np.isclose(corruptions.STEP / 127.5, 0.008)
-    assert np.isclose(corruptions.BOX / 127.5, 0.01)
+    np.testing.assert_array_equal(shifts.bright(pictures[0], 3), np.clip(picture + 100, 0, 255))
+    np.testing.assert_array_equal(shifts.dark(pictures[0], 3), np.clip(picture - 100, 0, 255))
+    assert np.isclose(shifts.STEP / 127.5, 0.008)
+    assert np.isclose(shifts.BOX / 127.5, 0.01)
 
 
 def test_rain_is_a_blend_of_the_picture_and_sparse_bright_streaks(pictures):
-    rained = corruptions.rain(pictures[0], 3, np.random.default_rng(0))
+    rained = shifts.rain(pictures[0], 3, np.random.default_rng(0))
     rain = (rained - 0.9 * pictures[0] - 1) / 0.1  # what was blended in, up to rounding
     assert rain.min() > -6
     assert rain.max() < 261
@@ -94,7 +93,7 @@ def test_rain_is_a_blend_of_the_picture_and_sparse_bright_streaks(pictures):
 
 
 def test_streaks_slant_and_grow_with_the_picture():
-    small, large = corruptions._streak(30, 100), corruptions._streak(30, 299)
+    small, large = shifts._streak(30, 100), shifts._streak(30, 299)
     assert (small.shape, large.shape) == ((10, 10), (30, 30))
     rows, columns = np.nonzero(large > 0.1)
     lean = np.polyfit(rows, columns, 1)[0]  # across per down: -75 degrees from the diagonal
@@ -108,10 +107,10 @@ def test_cover_hides_the_fraction_of_the_object_that_was_asked(position, severit
     for mask in masks:
         picture = rng.integers(1, 255, (SIZE, SIZE, 3)).astype(np.uint8)
         saliency = rng.random(mask.shape)
-        cover = functools.partial(corruptions.cover, mask=mask, saliency=saliency)
+        cover = functools.partial(shifts.cover, mask=mask, saliency=saliency)
         away = cover(picture, severity, rng, position=position, fill="mean") != picture
         hidden = away.any(2)
-        asked = corruptions.COVER[severity - 1]
+        asked = shifts.COVER[severity - 1]
         edge = 2 * sum(np.ptp(axis) + 1 for axis in np.nonzero(mask)) / mask.sum()
         assert asked - 0.01 <= hidden[mask].mean() <= asked + edge
         rows, columns = np.nonzero(hidden)
@@ -128,7 +127,7 @@ def test_cover_goes_where_it_is_told_and_fills_as_told(pictures):
 
     def hidden(**options):
         rng = np.random.default_rng(3)
-        return corruptions.cover(picture, 1, rng, mask=mask, fill="grey", **options) == 128
+        return shifts.cover(picture, 1, rng, mask=mask, fill="grey", **options) == 128
 
     for options, centre in (
         ({}, (23.5, 23.5)),
@@ -136,14 +135,14 @@ def test_cover_goes_where_it_is_told_and_fills_as_told(pictures):
     ):
         where = np.transpose(np.nonzero(hidden(**options).all(2) & mask)).mean(0)
         np.testing.assert_allclose(where, centre, atol=2)
-    blurred = corruptions.cover(picture, 5, None, mask=mask, fill="blur")
+    blurred = shifts.cover(picture, 5, None, mask=mask, fill="blur")
     assert blurred[16:32, 16:32].std() < picture[16:32, 16:32].std()
     with pytest.raises(ValueError, match="position"):
         hidden(position="corner")
     with pytest.raises(ValueError, match="empty"):
-        corruptions.cover(picture, 1, None, mask=mask & False)
+        shifts.cover(picture, 1, None, mask=mask & False)
     with pytest.raises(ValueError, match="fill"):
-        corruptions.cover(picture, 1, None, mask=mask, fill="holes")
+        shifts.cover(picture, 1, None, mask=mask, fill="holes")
 
 
 def test_the_silhouette_is_where_the_object_was_drawn(masks):
@@ -163,7 +162,7 @@ def test_the_silhouette_is_where_the_object_was_drawn(masks):
 
 def test_input_gradient_equals_finite_differences(pictures, backbone, problem):
     weights, _, _ = problem
-    gradient = corruptions.input_gradient(pictures, backbone, weights, batch_size=4)
+    gradient = shifts.input_gradient(pictures, backbone, weights, batch_size=4)
     rng = np.random.default_rng(0)
     direction = rng.normal(size=pictures.shape)
 
@@ -183,8 +182,8 @@ def one_picture_at_a_time(picture, label, backbone, weights, bias, rounds):
         p_wrong = 1 / (1 + np.exp(logit if label else -logit))
         if p_wrong >= 0.9:
             break
-        slope = corruptions.input_gradient(x[None], backbone, weights)[0] * (-1 if label else 1)
-        x = np.clip(x + corruptions.STEP * np.sign(slope), picture - 1.275, picture + 1.275)
+        slope = shifts.input_gradient(x[None], backbone, weights)[0] * (-1 if label else 1)
+        x = np.clip(x + shifts.STEP * np.sign(slope), picture - 1.275, picture + 1.275)
         x, taken = np.clip(x, 0, 255), taken + 1
     return x, taken
 
@@ -192,9 +191,7 @@ def one_picture_at_a_time(picture, label, backbone, weights, bias, rounds):
 def test_the_batched_attack_is_the_one_picture_loop(pictures, backbone, problem):
     weights, bias, labels = problem
     before = pictures.copy()
-    found = corruptions.attack(
-        pictures, labels, backbone, weights, bias=bias, rounds=7, batch_size=4
-    )
+    found = shifts.attack(pictures, labels, backbone, weights, bias=bias, rounds=7, batch_size=4)
     for j, picture in enumerate(pictures):
         x, taken = one_picture_at_a_time(picture, labels[j], backbone, weights, bias, 7)
         np.testing.assert_allclose(found.pictures[j], x, atol=1e-9)
@@ -207,7 +204,7 @@ def test_the_batched_attack_is_the_one_picture_loop(pictures, backbone, problem)
 def test_attacks_stay_in_the_box_and_the_range_and_lower_p_true(seed, pictures, backbone, problem):
     weights, bias, labels = problem
     extreme = np.where(pictures > 128, np.uint8(255), pictures)  # the range must bite
-    found = corruptions.attack(
+    found = shifts.attack(
         extreme,
         labels,
         backbone,
