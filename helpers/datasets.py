@@ -2,13 +2,15 @@
 
 A manifest is a pandas table with one row a picture: id, path, label, subtype, split, flag, twin.
 `flag` names a planted cause ("near_duplicate", "swapped_background", "ambiguous") and `twin` the id
-of a near-duplicate's partner; real photographs have neither. `path` is a file, a member of a tar
-("a.tar!b.JPEG"), or the row of a drawn picture ("rendered:seed:row").
+of a near-duplicate's partner; real photographs have neither. `path` is a file or a member of a tar
+("a.tar!b.JPEG").
 """
 
 import gzip
 import hashlib
 import io
+import os
+import shutil
 import tarfile
 import zipfile
 from functools import lru_cache
@@ -82,11 +84,40 @@ def dog_fish(*, seed=0, n_train=900, n_test=300):
     return photos(data_root() / "dog_fish", seed=seed, n_train=n_train, n_test=n_test)
 
 
-def rendered(*, seed=0, n_train=1000, n_test=300):
-    """Return the manifest of drawn pictures, with the columns that `rendering.draw` needs too."""
+def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
+    """Return the manifest of drawn pictures: PNG files of `size` pixels a side, drawn once.
+
+    They lie in data/derived/rendered/<key>/ beside their manifest.csv. The key is made of the
+    renderer and the plan, so that another renderer or another plan draws other files.
+    """
     manifest = rendering.plan(seed, n_train=n_train, n_test=n_test)
-    manifest.insert(1, "path", [f"rendered:{seed}:{i}" for i in manifest["index"]])
+    renderer = Path(rendering.__file__).read_bytes() + rendering.MESH_FILE.read_bytes()
+    plan = f"{seed} {size} {manifest.to_csv()}".encode()
+    home = folder("data", "derived", "rendered") / hashlib.sha256(renderer + plan).hexdigest()[:16]
+    manifest.insert(1, "path", [str(home / f"{id}.png") for id in manifest["id"]])
+    manifest["seed"] = seed
+    if not home.exists():
+        _draw(manifest, home, seed, size)
     return manifest
+
+
+def _draw(manifest, home, seed, size):
+    """Draw a manifest's pictures, on all cores, into a folder that is there whole or not at all."""
+    partial = home.with_name(f"{home.name}.{os.getpid()}.partial")
+    partial.mkdir()
+
+    def draw(row):
+        picture = rendering.draw(row, seed=seed, size=size)
+        cv2.imwrite(str(partial / Path(row["path"]).name), picture[..., ::-1])
+
+    jobs = [joblib.delayed(draw)(row) for row in manifest.to_dict("records")]
+    drawn = joblib.Parallel(n_jobs=-1, batch_size=32, return_as="generator")(jobs)
+    list(tqdm(drawn, total=len(manifest), desc="drawing", unit="picture"))
+    manifest.to_csv(partial / "manifest.csv", index=False)
+    try:
+        partial.rename(home)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial)
 
 
 def photos(root, *, seed=0, n_train=1000, n_test=300):
@@ -232,43 +263,15 @@ def resize(picture, size):
 
 def pictures(manifest, size):
     """Return the pictures of a manifest as one array (n, size, size, 3) uint8 RGB."""
-    if manifest["path"].str.startswith("rendered:").all():
-        return _drawn(manifest, size)
     loaded = [resize(decode(read_bytes(p), p), size) for p in manifest["path"]]
     return np.stack(loaded) if loaded else np.empty((0, size, size, 3), np.uint8)
-
-
-def _drawn(manifest, size):
-    """Return drawn pictures; sets of 200 and more are drawn in parallel and cached."""
-    seed = int(manifest["path"].iloc[0].split(":")[1])
-    rows = manifest.to_dict("records")
-    if len(rows) < 200:
-        return np.stack([rendering.draw(row, seed=seed, size=size) for row in rows])
-    key = hashlib.sha256(_renderer() + manifest.to_csv().encode()).hexdigest()[:16]
-    path = folder("data", "derived", "rendered") / f"{key}-{size}.npy"
-    if not path.exists():
-        jobs = (joblib.delayed(rendering.draw)(row, seed=seed, size=size) for row in rows)
-        drawn = joblib.Parallel(n_jobs=-1, batch_size=32, return_as="generator")(jobs)
-        drawn = list(tqdm(drawn, total=len(manifest), desc="drawing", unit="picture"))
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.stack(drawn))
-        partial.rename(path)
-    return np.load(path, mmap_mode="r")
-
-
-def _renderer():
-    """Return the renderer's source and meshes: a changed renderer draws other pictures."""
-    return Path(rendering.__file__).read_bytes() + rendering.MESH_FILE.read_bytes()
 
 
 def fingerprint(manifest):
     """Return the sha256 of every picture's bytes, in order: what a feature cache is keyed by."""
     digest = hashlib.sha256()
-    if manifest["path"].str.startswith("rendered:").all():
-        digest.update(_renderer() + manifest.to_csv().encode())
-    else:
-        for path in manifest["path"]:
-            digest.update(hashlib.sha256(read_bytes(path)).digest())
+    for path in manifest["path"]:
+        digest.update(hashlib.sha256(read_bytes(path)).digest())
     return digest.hexdigest()
 
 

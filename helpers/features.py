@@ -157,12 +157,10 @@ def _fill(manifest, backbone, batch_size, partial):
         )
     mode = "r+" if start else "w+"
     array = np.lib.format.open_memmap(partial, mode, dtype=np.float32, shape=(n, d))
-    drawn = manifest["path"].str.startswith("rendered:").all()
-    everything = datasets.pictures(manifest, backbone.size) if drawn else None
     bar = tqdm(total=n, initial=start, desc=f"{backbone.name} features", unit="picture")
     for first in range(start, n, batch_size):
         rows = slice(first, first + batch_size)
-        batch = everything[rows] if drawn else datasets.pictures(manifest[rows], backbone.size)
+        batch = datasets.pictures(manifest[rows], backbone.size)
         array[rows] = measure(batch, backbone, batch_size=batch_size)
         array.flush()
         progress.write_text(str(min(first + batch_size, n)), encoding="utf-8")

@@ -5,13 +5,14 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import datasets, features, runtime, vehicles
+from helpers import datasets, features, rendering, runtime, vehicles
 
 
 def jpeg(seed, size=40):
@@ -200,6 +201,25 @@ def test_enron_missing_damaged_packed_and_unpacked(tmp_path, monkeypatch):
         tar.add(tmp_path / "spam" / "enron1", "enron1")
     for mine, theirs in zip(datasets.enron(seed=3), unpacked, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_drawings_are_files_with_the_pixels_that_were_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    sizes = {"n_train": 100, "n_test": 50}
+    manifest = datasets.rendered(seed=3, **sizes, size=32)
+    some = manifest.iloc[::13]
+    pictures = datasets.pictures(some, 32)
+    for row, picture in zip(some.to_dict("records"), pictures, strict=True):
+        np.testing.assert_array_equal(picture, rendering.draw(row, seed=3, size=32))
+    home = Path(manifest["path"][0]).parent
+    assert len(list(home.glob("*.png"))) == len(manifest) == 300
+    stored = pd.read_csv(home / "manifest.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(stored, manifest)
+    monkeypatch.setattr(datasets, "_draw", lambda *_: pytest.fail("they are there"))
+    assert datasets.rendered(seed=3, **sizes, size=32).equals(manifest)
+    monkeypatch.setattr(datasets, "_draw", lambda *_: None)
+    others = [datasets.rendered(seed=3, **sizes, size=48), datasets.rendered(seed=4, **sizes)]
+    assert len({home, *(Path(other["path"][0]).parent for other in others)}) == 3
 
 
 def test_unknown_sources_are_refused():

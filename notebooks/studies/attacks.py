@@ -224,10 +224,8 @@ def load(dataset, profile, backbone, weight_decay, *, seed=0, **options):
         table = datasets.dog_fish(seed=seed)
         phi = features.extract(table, backbone).astype(float)
         data = vehicles.split(table, phi, positive="fish")
-    pictures, train = (
-        datasets.pictures(table, backbone.size),
-        (table["split"] == "train").to_numpy(),
-    )
+    pictures = datasets.pictures(table, backbone.size)
+    train = (table["split"] == "train").to_numpy()
     images, head = np.ascontiguousarray(pictures[train]), vehicles.fitted_head(data, weight_decay)
     attacker = Attacks(head, backbone, images, data.x_test, data.y_test, **options)
     return data, pictures[~train], attacker

@@ -35,18 +35,6 @@ class Network(NamedTuple):
     unfinished: np.ndarray
 
 
-class Judges(NamedTuple):
-    """Test digits chosen by a rule, {rule: indices}; images (m, side, side, 1), labels (m,).
-
-    accuracy : of the network they judge, on all the digits they were chosen from.
-    """
-
-    rules: dict
-    x: np.ndarray
-    y: np.ndarray
-    accuracy: float
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How every network is made: digits, architecture and training; long results are kept.
@@ -100,12 +88,15 @@ class Recipe:
         return Network(objective, hessian, unfinished)
 
     def judges(self, objective):
-        """Return the Judges of a network, chosen from the first 1,000 test digits."""
+        """Return test digits to judge a network by: {rule: indices}, images (m, ...), labels (m,).
+
+        They are chosen from the first 1,000; the fourth value is the accuracy on those.
+        """
         x, y = self.digits.x_test[:1000], self.digits.y_test[:1000]
         right = objective.model.predict(x, verbose=0).argmax(1) == y
         rules = evaluation.choose_test_points(objective.losses(x, y), right, seed=self.seed)
         points = np.concatenate(list(rules.values()))
-        return Judges(rules, x[points], y[points], right.mean())
+        return rules, x[points], y[points], right.mean()
 
     def removals(self, predicted, n_top, n_random):
         """Return training digits (k,): the largest predictions for a test digit, some at random.

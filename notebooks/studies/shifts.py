@@ -229,7 +229,7 @@ def in_turn(labels, k, *, seed=0):
 
 def is_drawn(table):
     """Return whether all pictures of a manifest are drawings, whose outlines are known."""
-    return table["path"].str.startswith("rendered:").all()
+    return "scene" in table.columns
 
 
 def object_masks(table, size):
@@ -238,9 +238,8 @@ def object_masks(table, size):
     The outline of a drawing; of a photograph the centred box of half the side.
     """
     if is_drawn(table):
-        seeds = table["path"].str.split(":").str[1].astype(int)
-        rows = zip(table.to_dict("records"), seeds, strict=True)
-        return np.stack([rendering.silhouette(row, seed=k, size=size) for row, k in rows])
+        rows = table.to_dict("records")
+        return np.stack([rendering.silhouette(r, seed=r["seed"], size=size) for r in rows])
     half = np.abs(np.arange(size) - (size - 1) / 2) < size / 4
     return np.repeat((half[:, None] & half)[None], len(table), axis=0)
 

@@ -89,9 +89,7 @@ def outcome(claim):
     yes, no = OWN if claim["of"] == "here" else PUBLISHED
     if met(decides, limit):
         return yes
-    if kind == "interval_above":
-        near = value > limit
-    elif interval is not None:
+    if interval is not None:
         near = _reaches(interval, limit)
     else:
         near = any(abs(value - end) <= 0.1 * abs(end) for end in np.atleast_1d(limit))

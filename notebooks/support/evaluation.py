@@ -96,7 +96,7 @@ class Share(NamedTuple):
 def share_of(hits):
     """Return the Share of True in hits (k,)."""
     ends = stats.binomtest(int(np.sum(hits)), len(hits)).proportion_ci(method="wilson")
-    return Share(float(np.mean(hits)), list(ends))
+    return Share(float(np.mean(hits)), [float(end) for end in ends])
 
 
 class DatamodellingScore(NamedTuple):
