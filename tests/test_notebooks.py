@@ -55,7 +55,7 @@ def test_the_last_code_cell_shows_the_committed_claims(name):
     assert "claims.write(" in cell.source
     assert "nbval-ignore-output" not in cell.metadata.get("tags", [])
     record = claims.read_record(claims.committed("demo") / f"{name[:2]}_verdicts.json")
-    shown = cell.outputs[0]["data"]["text/plain"]
+    shown = cell.outputs[-1]["data"]["text/plain"]
     for claim in record["verdicts"]:
         assert claim["id"] in shown or "dataset" in claim
         assert claim["verdict"] in (claims.outcome(claim), "not applicable")
