@@ -37,7 +37,7 @@ BOUNDS = {
 SOURCES = ("paper", "thesis", "here")
 DEFAULT = "vehicles"  # the data set whose ids are bare, in notebooks that run on several
 PUBLISHED, OWN = ("reproduced", "not reproduced"), ("holds", "does not hold")
-WORDS = (*PUBLISHED, "partly", *OWN, "not run", "not applicable")
+WORDS = (PUBLISHED[0], OWN[0], "partly", PUBLISHED[1], OWN[1], "not run", "not applicable")
 
 
 def claim(id, text, value, *, of="here", published=None, interval=None, applies=True, **bound):

@@ -42,11 +42,12 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.3 * len(panels), 3.5), sharex=True, sharey=True, squeeze=False
     )
+    cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
         ends = [np.min([predicted, actual]), np.max([predicted, actual])]
         axis.plot(ends, ends, color="0.6", lw=1)
-        dots = axis.scatter(predicted, actual, c=colour, s=12, cmap="viridis")
+        dots = axis.scatter(predicted, actual, c=colour, s=12, cmap=cmap)
         text = f"{name}\nr {found.r:.2f}, slope {found.slope:.2f}"
         axis.set(title=(titles or {}).get(name, text), xlabel=f"predicted change ({unit})")
         if symlog:
