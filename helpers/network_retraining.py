@@ -89,9 +89,10 @@ class NetworkRemovals:
         """Return (K + damping I - J_i' A_i J_i / n)^-1 g for one vector (p,)."""
         n = self.objective.n
         x, y, weight = self.objective.gather(np.array([row]))
-        u = curvature_factors(self.objective, x, y)[0] * np.sqrt(float(weight[0]))
+        u, signs = (part[0] for part in curvature_factors(self.objective, x, y))
+        u *= np.sqrt(float(weight[0]))
         both = self.factor.solve(np.column_stack([g, u]))
-        middle = np.eye(u.shape[1]) - u.T @ both[:, 1:] / n
+        middle = np.diag(np.where(signs < 0, -1.0, 1.0)) - u.T @ both[:, 1:] / n
         return both[:, 0] + both[:, 1:] @ np.linalg.solve(middle, u.T @ both[:, 0] / n)
 
     def corrected(self, rows, steps=3):
