@@ -3,6 +3,7 @@
 Errors say what came and what to do. What Keras does with the same arguments is what they mean.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -210,6 +211,18 @@ class Derivatives(NamedTuple):
     words: str
 
 
+def curvature(objective):
+    """Warn where the loss has no curvature, so that H is nothing but the weight decay."""
+    head = objective.head
+    if objective.derivatives.flat:
+        where = "at any training example" if head else "at the first examples"
+        warnings.warn(
+            f"The loss has no curvature {where}: H is the weight decay (and damping) alone, and "
+            "influence a scaled dot product of gradients.",
+            stacklevel=3,
+        )
+
+
 class _Probe(NamedTuple):
     """A function to hold its derivatives against differences along one direction v.
 
@@ -244,17 +257,16 @@ def probe(objective, head):
     k = int(np.clip(2e8 // max(1, objective.bytes_an_example), 2, 8))
     x, y, _ = next(iter(objective.batches(batch_size=k)))
     rng = np.random.default_rng(0)
-    flat, o = False, objective
     if head is not None:
         outputs = head.outputs(head._features(x), objective.theta)
         loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
-        verdict, what = _verdict(loss, "float64"), f"the loss {objective.loss_name}"
-        flat = verdict == "right" and not np.any(loss.product())
+        (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss_name}"
         if flat and objective.in_memory:
             flat = not head.curvatures(head.y, head.outputs(head.phi, objective.theta)).any()
     else:
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
-        verdict = _verdict(_of_parameters(o, x, y, rng), o.dtype)
+        coarsest = min(v.dtype for v in o.variables)
+        verdict, flat = _verdict(_of_parameters(o, x, y, rng), coarsest)
         what = _culprit(o, x, y, rng) if verdict in ("gradient", "curvature") else ""
     if verdict == "gradient":
         raise ValueError(
@@ -276,28 +288,32 @@ def probe(objective, head):
 
 
 def _verdict(probe, dtype):
-    """Return "right", or what is wrong: "gradient", "curvature", or that it is "unclear"."""
+    """Return "right", or what is wrong: "gradient", "curvature", or that it is "unclear".
+
+    Second value: whether a right H v is zero.
+    """
     tol, (_, gradient) = AGREE[dtype], probe.at(0.0)
     try:
         product = probe.product()
     except LookupError:  # an operation without a registered second derivative
         product = None
-    typical = np.linalg.norm(gradient * probe.v)
+    along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
     slopes, bends = [], []
     for h in STEPS[dtype]:
         (up, up_g), (down, down_g) = probe.at(h), probe.at(-h)
         slopes.append((up - down) / (2 * h))
         bends.append((up_g - down_g) / (2 * h))
         floor = 10 * np.finfo(dtype).eps * abs(up) / h
-        slope = abs(gradient @ probe.v - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
-        if slope and product is None:
-            return "curvature"
-        if slope and _apart(product, bends[-1]) <= tol:
-            return "right"
-    if not slope and abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(gradient @ probe.v - slopes[-1]):
-        return "gradient"
-    smooth = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(product, bends[-1])
-    return "curvature" if slope and smooth and dtype == "float64" else "unclear"
+        right = abs(along - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
+        if right and product is None:
+            return "curvature", False
+        if right and _apart(product, bends[-1]) <= tol:
+            return "right", not product.any()
+    if not right:
+        settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])
+        return "gradient" if settled else "unclear", False
+    settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(product, bends[-1])
+    return "curvature" if settled and dtype == "float64" else "unclear", False
 
 
 def _apart(a, b):
@@ -362,8 +378,8 @@ def _of_parameters(objective, x, y, rng):
         with tf.GradientTape() as tape:
             gradient = slopes()[1]
             some = [(g, b) for g, b in zip(gradient, v, strict=True) if g is not None]
-            dot = [tf.reduce_sum(tf.convert_to_tensor(g) * tf.constant(b, dtype)) for g, b in some]
-            dot = tf.add_n(dot) if dot else tf.zeros((), dtype)
+            some = [tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), dtype) * b) for g, b in some]
+            dot = tf.add_n(some or [tf.zeros((), dtype)])
         return tape.gradient(dot, tensors)
 
     return _Probe(at, lambda: _flat(moved(0.0, bent), tensors), _flat(v, tensors))
@@ -387,7 +403,7 @@ def _culprit(objective, x, y, rng):
         o = keras_facts.with_mask(tf.cast(o, objective.dtype), mask)
         return tf.cast(tf.reduce_sum(objective.loss_of_outputs(y, o)), tf.float64)
 
-    if _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), "float64") != "right":
+    if _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), "float64")[0] != "right":
         return f"the loss {objective.loss_name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
@@ -404,7 +420,7 @@ def _culprit(objective, x, y, rng):
             return tf.reduce_sum(tf.sin(tf.cast(made, tf.float64)))
 
         try:
-            right = _verdict(_of_tensor(bent, np.asarray(given, np.float64), rng), "float64")
+            right, _ = _verdict(_of_tensor(bent, np.asarray(given, np.float64), rng), "float64")
         except (TypeError, ValueError, tf.errors.OpError):
             continue
         if right in ("gradient", "curvature"):

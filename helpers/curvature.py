@@ -48,7 +48,11 @@ def is_vectorisable(objective):
         return False
     layers = objective.model._flatten_layers()
     containers = (keras.Sequential, keras.src.models.Functional)
-    return all(type(la).__name__ in VECTORISABLE or isinstance(la, containers) for la in layers)
+    return all(
+        (type(la).__name__ in VECTORISABLE and getattr(la, "groups", 1) == 1)
+        or isinstance(la, containers)
+        for la in layers
+    )
 
 
 def by_differences(objective):
@@ -245,7 +249,8 @@ def sum_of_products(gradient, parts):
     pairs = zip(gradient, parts, strict=True)
     # embeddings have IndexedSlices for gradients
     terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v) for g, v in pairs if g is not None]
-    return tf.add_n(terms) if terms else tf.zeros((), parts[0].dtype)
+    dtype = max((v.dtype for v in parts), key=lambda dtype: dtype.size)
+    return tf.add_n([tf.cast(t, dtype) for t in terms]) if terms else tf.zeros((), dtype)
 
 
 def per_example_gradients(objective, x, y):

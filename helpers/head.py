@@ -79,7 +79,10 @@ class Head:
 
         For the closed forms and refits of `retraining`; the objective's own data stay as they are.
         """
-        self.y = np.asarray(y, self.y.dtype).reshape(self.y.shape)
+        given, y = np.asarray(y), np.asarray(y).astype(self.y.dtype)
+        if (given != y).any():
+            raise ValueError(f"Labels of type {given.dtype} are cut to their own, {self.y.dtype}.")
+        self.y = y.reshape(self.y.shape)
         self.tensors = self.tensors[0], tf.constant(self.y), self.tensors[2]
 
     @property
@@ -165,6 +168,24 @@ class Head:
     def gradients(self, phi, residuals):
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
         return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), -1)
+
+    def flat(self):
+        """Return the directions in which L does not change at all, (p, f): orthonormal columns.
+
+        A softmax is the same when all its outputs move together: with a bias that does not decay,
+        that is one direction of theta.
+        """
+        decay = self.decay.reshape(self.d, self.c)
+        if self.c == 1 or not self._dense.use_bias or decay[-1].any():
+            return np.zeros((len(self.decay), 0))
+        block = next(iter(self.blocks()))
+        outputs = block.outputs(block.phi, self.objective.theta)
+        bent = self.curvatures(block.y, outputs).sum(2)
+        slope = self.residuals(block.y, outputs).sum(1)
+        one = np.zeros((self.d, self.c))
+        one[-1] = self.c**-0.5
+        still = max(np.abs(bent).max(), np.abs(slope).max()) <= 1e-12
+        return one.reshape(-1, 1) if still else np.zeros((one.size, 0))
 
     def hessian(self, theta, *, weight=None, n=None):
         """Return H of the whole objective at theta, (p, p): C (C + 1) / 2 GEMMs of size n d d.

@@ -90,6 +90,27 @@ def _resize(original, images, size, method="bilinear", preserve_aspect_ratio=Fal
     return tf.einsum("hp,...hwc,wq->...pqc", rows, images, columns)
 
 
+def resize_in_float64(model):
+    """Let a float64 model's own layers that resize pictures do so in float64, from now on.
+
+    TensorFlow resizes in float32 and rounds a float64 model's predictions to seven digits there.
+    """
+    for layer in model._flatten_layers():
+        kinds = (keras.layers.UpSampling2D, keras.layers.Resizing)
+        rounds = isinstance(layer, kinds) and layer.compute_dtype == "float64"
+        if rounds and not hasattr(layer.call, "exact"):
+            layer.call = _exactly(layer.call)
+
+
+def _exactly(call):
+    def exact(*args, **options):
+        with exact_derivatives():
+            return call(*args, **options)
+
+    exact.exact = True
+    return exact
+
+
 # ------------------------------------------------------------------ what hangs on a tensor
 
 
@@ -264,13 +285,16 @@ def tapped(layers, seen):
 
         return reported
 
+    before = [vars(layer).get("call") for layer in layers]
     for layer in layers:
         layer.call = tap(layer, layer.call)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, call in zip(layers, before, strict=True):
             del layer.call
+            if call is not None:
+                layer.call = call
 
 
 def outermost_layers(model):

@@ -30,7 +30,8 @@ class Objective:
     ----------
     model : keras.Model
         Sequential, functional or subclassed, called with `training=False`: dropout is off,
-        batch normalisation uses its moving statistics.
+        batch normalisation uses its moving statistics. Layers of a float64 model that resize
+        pictures in float32, as Keras's do, resize in float64 from then on.
     loss : keras.losses.Loss, name, or callable (y_true, y_pred) -> (b,); optional
         What `compile` takes, and the same is meant: a loss object is used as it is, a function gets
         Keras's wrapper. One value an example, in nats for cross-entropies. None takes the compiled
@@ -84,6 +85,7 @@ class Objective:
             if not len(y):
                 raise ValueError("The training data hold no example.")
             first, labels = _first(x, 3), y[:3]
+        keras_facts.resize_in_float64(model)
         checks.inputs(model, first)
         self._input_shapes = [tuple(a.shape) for a in keras.tree.flatten(first)]
         predictions = self._predict(first)  # builds a model that has not been called yet
@@ -256,6 +258,8 @@ class Objective:
         """Return (x, y) of examples to ask about as arrays, held against the training data."""
         x, y = keras.tree.map_structure(np.asarray, _as_arrays(x)), np.asarray(_one_array(y))
         checks.lengths(x, y)
+        if not len(y):
+            raise ValueError("There is no test example.")
         checks.inputs(self.model, x, self._input_shapes)
         checks.labels(self._loss, y, self._predicted)
         for values in (*keras.tree.flatten(x), y):
@@ -355,12 +359,13 @@ class Objective:
             tf.zeros(size, self.dtype) if t is None else tf.reshape(tf.convert_to_tensor(t), [-1])
             for t, size in zip(tensors, self.sizes, strict=True)
         ]
-        return tf.concat(parts, 0)
+        return tf.concat([tf.cast(part, self.dtype) for part in parts], 0)
 
     def unflatten(self, vector):
         """Return one vector (p,) as a list of tensors shaped like the variables."""
         parts = tf.split(tf.convert_to_tensor(vector), self.sizes)
-        return [tf.reshape(t, v.shape) for t, v in zip(parts, self.variables, strict=True)]
+        pairs = zip(parts, self.variables, strict=True)
+        return [tf.cast(tf.reshape(t, v.shape), v.dtype) for t, v in pairs]
 
     # ---------------------------------------------------------------- losses
 
@@ -631,28 +636,9 @@ def _dtype(model, variables):
             "keras.config.set_dtype_policy('float32') (or 'float64')."
         )
     dtypes = {v.dtype for v in variables}
-    if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
-        raise ValueError(f"The parameters must all be float32 or all float64, not {dtypes}.")
-    return dtypes.pop()
-
-
-def _per_example(loss, dtype):
-    """Return a callable (y, predictions) -> one value an example, computed in `dtype`."""
-    if loss is None:
-        raise ValueError(
-            "Name a loss: Objective(model, keras.losses.…(), x, y), or compile the model with one."
-        )
-    if isinstance(loss, str):
-        name = "".join(word.capitalize() for word in loss.split("_"))
-        loss = getattr(keras.losses, name, None) or keras.losses.get(loss)
-        loss = loss() if isinstance(loss, type) else loss
-    if isinstance(loss, (list, tuple, dict)):
-        raise ValueError("Several losses are not supported: bind one output and one loss.")
-    if isinstance(loss, keras.losses.Loss):
-        loss = copy.copy(loss)
-        loss.reduction = None
-        loss._dtype = dtype  # Keras would cast float64 predictions down to floatx
-    return loss
+    if not dtypes <= {"float32", "float64"}:
+        raise ValueError(f"The parameters must be float32 or float64, not {dtypes}.")
+    return max(dtypes)  # LoRA's are float32 in a float64 model
 
 
 def _decay(model, variables, weight_decay, decayed):
