@@ -88,7 +88,7 @@ def inputs(model, x, like=None):
             raise ValueError(f"The inputs are called {sorted(names)}; x has {sorted(x)}.")
     flat = keras.tree.flatten(x)
     if declared is not None:
-        wanted = [tuple(t.shape) for t in keras.tree.flatten(declared)]
+        wanted = [(None, *t.shape[1:]) for t in keras.tree.flatten(declared)]
     elif like is not None:
         wanted = [(*[None] * (len(shape) - 1), *shape[-1:]) for shape in like if len(shape)]
     else:
