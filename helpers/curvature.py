@@ -493,6 +493,8 @@ def output_factors(objective, x, y):
         slope = inner.gradient(losses, flat)
     a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO)
     values, vectors = tf.linalg.eigh(a)
+    rounding = 10 * np.finfo(objective.dtype).eps * tf.reduce_max(tf.abs(values), 1, True)
+    values = tf.where(tf.abs(values) > rounding, values, 0)
     return vectors * tf.sqrt(tf.abs(values))[:, None, :], tf.sign(values)
 
 

@@ -72,9 +72,9 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     """Set the head's parameters to the minimum of L and return a Fit.
 
     Newton's method with an Armijo line search, float64, until the gradient norm is <= tol, and
-    converged only if the next step is short too. Directions in which L is flat (the common shift of a
-    softmax's biases) are left where they are. A model stored in float32 keeps only 7 digits of the
-    minimum: the Fit has the gradient norm before and after.
+    converged only if the next step is short too. Directions in which L is flat (the shift of a
+    softmax's biases together) are left as they are. A model stored in float32 keeps only 7 digits
+    of the minimum: the Fit has the gradient norm before and after.
     """
     head, tol = head_of(objective), checks.number("tol", tol)
     checks.curvature(objective)
