@@ -226,7 +226,8 @@ def curvature(objective):
 class _Probe(NamedTuple):
     """A function to hold its derivatives against differences along one direction v.
 
-    at : h -> (value, gradient (p,)) at the point + h v; product : () -> H v there; v : (p,).
+    at : h -> (value, gradient (p,)) at the point + h v; product : () -> (value, gradient, H v) at
+    the point; v : (p,).
     """
 
     at: Callable
@@ -283,7 +284,7 @@ def probe(objective, head):
         words = f"second derivatives by central differences of gradients, because of {what}"
         return Derivatives(True, True, False, words)
     if verdict == "unclear":
-        return Derivatives(False, False, flat, "derivatives not checked: too many kinks to tell")
+        return Derivatives(False, False, flat, "derivatives not checked: differences do not tell")
     return Derivatives(True, False, flat, f"derivatives checked on {len(y)} examples")
 
 
@@ -292,17 +293,18 @@ def _verdict(probe, dtype):
 
     Second value: whether a right H v is zero.
     """
-    tol, (_, gradient) = AGREE[dtype], probe.at(0.0)
+    tol, product = AGREE[dtype], None
     try:
-        product = probe.product()
+        value, gradient, product = probe.product()
     except LookupError:  # an operation without a registered second derivative
-        product = None
+        value, gradient = probe.at(0.0)
     along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
     slopes, bends = [], []
     for h in STEPS[dtype]:
-        (up, up_g), (down, down_g) = probe.at(h), probe.at(-h)
-        slopes.append((up - down) / (2 * h))
-        bends.append((up_g - down_g) / (2 * h))
+        up, up_g = probe.at(h)
+        low, (down, down_g) = (0, (value, gradient)) if dtype == "float64" else (-h, probe.at(-h))
+        slopes.append((up - down) / (h - low))
+        bends.append((up_g - down_g) / (h - low))
         floor = 10 * np.finfo(dtype).eps * abs(up) / h
         right = abs(along - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
         if right and product is None:
@@ -344,7 +346,7 @@ def _of_tensor(function, tensor, rng):
                 value = function(x)
             slope = inner.gradient(value, x)
         bent = None if slope is None else outer.gradient(slope, x, tf.constant(v))
-        return _flat([bent], [x])
+        return float(value), _flat([slope], [x]), _flat([bent], [x])
 
     return _Probe(at, product, np.ravel(v))
 
@@ -376,13 +378,17 @@ def _of_parameters(objective, x, y, rng):
 
     def bent():
         with tf.GradientTape() as tape:
-            gradient = slopes()[1]
+            value, gradient = slopes()
             some = [(g, b) for g, b in zip(gradient, v, strict=True) if g is not None]
             some = [tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), dtype) * b) for g, b in some]
             dot = tf.add_n(some or [tf.zeros((), dtype)])
-        return tape.gradient(dot, tensors)
+        return value, gradient, tape.gradient(dot, tensors)
 
-    return _Probe(at, lambda: _flat(moved(0.0, bent), tensors), _flat(v, tensors))
+    def product():
+        value, *vectors = moved(0.0, bent)
+        return float(value), *(_flat(parts, tensors) for parts in vectors)
+
+    return _Probe(at, product, _flat(v, tensors))
 
 
 def _flat(parts, like):
@@ -403,7 +409,11 @@ def _culprit(objective, x, y, rng):
         o = keras_facts.with_mask(tf.cast(o, objective.dtype), mask)
         return tf.cast(tf.reduce_sum(objective.loss_of_outputs(y, o)), tf.float64)
 
-    if _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), "float64")[0] != "right":
+    wrong = "gradient", "curvature"
+    if (
+        _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), objective.dtype)[0]
+        in wrong
+    ):
         return f"the loss {objective.loss_name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
@@ -420,9 +430,10 @@ def _culprit(objective, x, y, rng):
             return tf.reduce_sum(tf.sin(tf.cast(made, tf.float64)))
 
         try:
-            right, _ = _verdict(_of_tensor(bent, np.asarray(given, np.float64), rng), "float64")
+            probe = _of_tensor(bent, np.asarray(given, np.float64), rng)
+            found, _ = _verdict(probe, objective.dtype)
         except (TypeError, ValueError, tf.errors.OpError):
             continue
-        if right in ("gradient", "curvature"):
+        if found in wrong:
             names.append(layer.name)
     return f"layer {', '.join(names)}" if names else "some part of the model"

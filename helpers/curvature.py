@@ -77,7 +77,8 @@ def along(objective, vector, function):
             variable.assign(t + sign * h * v)
         ends.append(function())
     objective.move(old)
-    return (ends[0] - ends[1]) / (2 * h)
+    with tf.control_dependencies([tf.identity(t) for t in objective.tensors]):  # put back first
+        return (ends[0] - ends[1]) / (2 * h)
 
 
 def loss_gradient(objective):
@@ -241,7 +242,7 @@ def map_rows(objective, function, rows):
         return function(rows[0])[None]
     if is_vectorisable(objective):
         return tf.vectorized_map(function, rows)
-    return tf.map_fn(function, rows)
+    return tf.map_fn(function, rows, parallel_iterations=1)  # differences move theta meanwhile
 
 
 def sum_of_products(gradient, parts):

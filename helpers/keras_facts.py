@@ -423,6 +423,9 @@ def in_float64(model, x):
         return "float64" if config == "float32" else config
 
     def copied(layer):
+        if type(layer) is keras.layers.Lambda:  # it may be saved only where that is allowed
+            known = {"output_shape": layer._output_shape, "arguments": layer.arguments}
+            return keras.layers.Lambda(layer.function, dtype="float64", **known)
         return type(layer).from_config(widened(layer.get_config()))
 
     floatx = keras.config.floatx()
@@ -430,7 +433,8 @@ def in_float64(model, x):
         keras.config.set_floatx("float64")
         try:
             copy = keras.models.clone_model(model, clone_function=copied)
-            copy(x, training=False)
+            if not copy.built:
+                copy(x, training=False)
             copy.set_weights(model.get_weights())
             same = [np.asarray(_tensors(m(x, training=False))[0]) for m in (copy, model)]
         finally:

@@ -690,7 +690,9 @@ def _decayed(model, variables, decayed):
     found = set()
     for each in decayed:
         names = (each,) if isinstance(each, str) else ()
-        those = [v for v in variables if v is each or v.path in names or v.name in names]
+        those = [
+            v for v in variables if v is each or any(f"/{v.path}".endswith(f"/{n}") for n in names)
+        ]
         for layer in model._flatten_layers(include_self=False) if names and not those else ():
             if layer.name == each:
                 inside = {id(v) for v in layer.trainable_variables}
