@@ -461,7 +461,8 @@ def dense_gauss_newton(objective):
     for x, y, weight in objective.batches(_rows_at_once(objective)):
         for rows, signs in _curvature_rows(objective, x, y):
             total += (rows.T * (weight.numpy() * signs)) @ rows
-    return total / objective.n + np.diag(objective.decay)
+    total = (total + total.T) / (2 * objective.n)  # a product in float32 rounds the two apart
+    return total + np.diag(objective.decay)
 
 
 def curvature_factors(objective, x, y):

@@ -9,7 +9,7 @@ exactly, for any loss and any frozen network below. Everything is float64, whate
 Shapes: n examples, d features (one more with a bias), C outputs, p = d C parameters, k columns.
 """
 
-from functools import reduce
+from functools import cached_property, reduce
 from operator import iadd
 
 import keras
@@ -169,6 +169,7 @@ class Head:
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
         return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), -1)
 
+    @cached_property
     def flat(self):
         """Return the directions in which L does not change at all, (p, f): orthonormal columns.
 

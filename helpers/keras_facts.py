@@ -141,14 +141,13 @@ def last_activation(predict, x):
     """Return the activation by which x -> predictions ends above its logits, or None."""
     hung = [False]
 
-    @partial(tf.function, autograph=False)
     def both():
         predictions = predict(x)
         hung[0] = hasattr(predictions, "_keras_logits")
         logits = logits_of(predictions)
         return predictions, predictions if logits is None else logits, logits is not None
 
-    predictions, logits, found = both()
+    predictions, logits, found = tf.function(both, autograph=False).get_concrete_function()()
     if not found or logits.shape != predictions.shape:
         return None
     kind = keras.activations if hung[0] else tf.nn  # Keras's losses tell them apart
@@ -333,7 +332,6 @@ def end_of(model, x, variables):
         return None
     found = [None]
 
-    @partial(tf.function, autograph=False)
     def call(x):
         seen = {}
         with tf.GradientTape() as tape, tapped([dense], seen), exact_derivatives():
@@ -348,7 +346,7 @@ def end_of(model, x, variables):
                 found[0] = End(dense, after is predictions, direct)
         return predictions
 
-    call(x)
+    tf.function(call, autograph=False).get_concrete_function(x)
     return found[0]
 
 
@@ -364,7 +362,6 @@ def last_layer(model, x):
     """Return the layer with parameters that the predictions of x come from, walking back to it."""
     layers, found = [la for la in outermost_layers(model) if la.trainable_variables], []
 
-    @partial(tf.function, autograph=False)
     def walk(x):
         seen = {}
         with tapped(layers, seen):
@@ -384,7 +381,7 @@ def last_layer(model, x):
                 left += [t.ref() for t in tensor.deref().op.inputs]
         return predictions
 
-    walk(x)
+    tf.function(walk, autograph=False).get_concrete_function(x)
     unique = list({id(la): la for la in found}.values())
     own = [v for v in unique if v is None]
     if len(unique) != 1 or own:
@@ -425,6 +422,7 @@ def in_float64(model, x):
     def copied(layer):
         if type(layer) is keras.layers.Lambda:  # it may be saved only where that is allowed
             known = {"output_shape": layer._output_shape, "arguments": layer.arguments}
+            known["name"] = layer.name
             return keras.layers.Lambda(layer.function, dtype="float64", **known)
         return type(layer).from_config(widened(layer.get_config()))
 

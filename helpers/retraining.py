@@ -124,7 +124,7 @@ def _factor(head, matrix):
 
     No gradient has a component along them, so that no solution gets one.
     """
-    flat = head.flat()
+    flat = head.flat
     return Cholesky(
         matrix + np.abs(np.diag(matrix)).mean() * flat @ flat.T if flat.size else matrix
     )
