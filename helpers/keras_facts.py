@@ -308,7 +308,7 @@ class End(NamedTuple):
     """A Dense layer that ends a model: the layer, what its outputs go through, and its features.
 
     own : whether the layer's own activation is the last one (else one after it may be).
-    direct : whether the model's input itself are the features.
+    direct : whether the model's input itself are the features, but for a cast.
     """
 
     dense: keras.layers.Dense
@@ -342,6 +342,8 @@ def end_of(model, x, variables):
             tied = tape.gradient(features, [v.value for v in variables])
             linear = before is logits_of(predictions) and before is after
             if all(g is None for g in tied) and (after is predictions or linear):
+                while features.op.type in ("Cast", "Identity"):  # to the type of a keras.Input
+                    features = features.op.inputs[0]
                 direct = features is keras.tree.flatten(x)[0]
                 found[0] = End(dense, after is predictions, direct)
         return predictions
