@@ -52,6 +52,7 @@ CONTENTS = """
 Every verdict and figure: drawn <figures/demo/VERDICTS>
 Every verdict: real data <figures/real/VERDICTS>
 docs/api
+docs/tried
 data/README
 figures/benchmark/benchmark
 CONTRIBUTING

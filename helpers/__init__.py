@@ -4,7 +4,8 @@ Layers, top to bottom; an import may only point down:
 
     studies         corruptions, vehicles
     mathematics     attribution, influence, many_fits, retraining, network_retraining,
-                    approximations, solvers, spectrum, curvature, objective, head
+                    approximations, solvers, spectrum, curvature, objective, head,
+                    checks, keras_facts
     data            features, backbone, models, datasets, rendering
     settings        runtime
 """

@@ -7,15 +7,17 @@ import numpy as np
 import scipy.sparse.linalg
 import tensorflow as tf
 
+from helpers import checks
 from helpers.curvature import compiled, dense_gauss_newton, head_operator, hessian_operator
 from helpers.solvers import Preconditioner, certify, columns_of, damped, in_float64, unchanged
 from helpers.spectrum import spectrum
 
 
-def numpy_product(objective, damping):
-    """Return V -> (H + damping I) V from NumPy to NumPy, and the dtype it computes in."""
+def numpy_product(objective, damping, *, gauss_newton=False):
+    """Return V -> (H + damping I) V, or of G, from NumPy to NumPy, and the dtype it computes in."""
     dtype = "float64" if objective.head else objective.dtype
-    matvec = in_float64(hessian_operator(objective), dtype, objective.compiled)
+    own = objective.compiled.setdefault("gauss_newton", {}) if gauss_newton else objective.compiled
+    matvec = in_float64(hessian_operator(objective, gauss_newton=gauss_newton), dtype, own)
     shift = tf.constant(float(damping), tf.float64)
     return lambda v: matvec(tf.constant(v, tf.float64), shift).numpy(), dtype
 
@@ -26,8 +28,13 @@ def gauss_newton_preconditioner(objective, damping):
     It cuts the steps of CG on H several-fold; `conjugate_gradient` still solves with H itself.
     """
     g = dense_gauss_newton(objective)
-    floor = 1e-6 * np.trace(g) / len(g)
-    factor = tf.constant(np.linalg.cholesky(damped(g, max(damping, floor))))
+    floor = 1e-6 * np.abs(np.diag(g)).mean()
+    try:
+        factor = np.linalg.cholesky(damped(g, max(damping, floor)))
+    except np.linalg.LinAlgError:  # the loss is not convex in the outputs
+        values, q = np.linalg.eigh(g)
+        factor = np.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
+    factor = tf.constant(factor)
     return Preconditioner(_cholesky_solve, (factor,))
 
 
@@ -89,6 +96,7 @@ def solve_lissa(
         if it diverges: scale too small, or H + damping I not positive definite.
     """
     b, single = columns_of(b)
+    damping, rtol = checks.number("damping", damping), checks.number("rtol", rtol, positive=True)
     batch_size = min(batch_size or objective.n, objective.n)
     rng = np.random.default_rng(seed)
     seen = spectrum(objective, steps=30)
@@ -144,6 +152,7 @@ def solve_low_rank(objective, b, *, damping=0.0, rank=100, rtol=1e-2):
     small eigenvalues carry. Eigenpairs by ARPACK (`scipy.sparse.linalg.eigsh`).
     """
     b, single = columns_of(b)
+    damping = checks.number("damping", damping)
     rest = damping + objective.decay
     if rest.min() <= 0:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Attribution methods for the comparison of notebook 14: EK-FAC, and retraining on many subsets."""
 
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import keras
@@ -8,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from helpers import keras_facts
 from helpers.curvature import compiled, map_rows, output_factors
 from helpers.solvers import columns_of
 
@@ -101,55 +101,31 @@ def _blocks(objective):
     return blocks
 
 
-@contextmanager
-def _tapped(layers, seen):
-    """Let the layers report (input, output before the activation) while the model is called."""
-
-    def tap(layer, call):
-        def tapped(inputs, **options):
-            activation, layer.activation = layer.activation, None
-            try:
-                outputs = call(inputs, **options)
-            finally:
-                layer.activation = activation
-            seen.setdefault(layer, []).append((inputs, outputs))
-            return outputs if activation is None else activation(outputs)
-
-        return tapped
-
-    for layer in layers:
-        layer.call = tap(layer, layer.call)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.call
-
-
 def _passes(objective, x, y):
     """Return, for each block, inputs a (b, T, d) and pulled-back directions g (C, b, T, o).
 
     T positions: 1 for a Dense layer on vectors. One forward pass, one backward pass a column of F.
     """
-    blocks, seen, last = _blocks(objective), {}, objective._logits and objective._logits[1]
+    blocks, seen = _blocks(objective), {}
     layers = [block.layer for block in blocks]
     with tf.GradientTape(persistent=True) as tape:
-        with _tapped([*layers, *([last] if last and last not in layers else [])], seen):
-            outputs = objective.model(x, training=False)
+        with keras_facts.tapped(layers, seen):
+            outputs = objective.outputs(x)
         calls = [seen.get(block.layer, []) for block in blocks]
         if any(len(call) != 1 for call in calls):
             names = [b.layer.name for b, c in zip(blocks, calls, strict=True) if len(c) != 1]
             raise ValueError(f"EK-FAC needs each layer used exactly once; {names} are not.")
-        outputs = seen[last][0][1] if last else outputs
     rows = tf.shape(outputs)[0]
-    inputs, befores = zip(*(call[0] for call in calls), strict=True)
+    inputs, befores, _ = zip(*(call[0] for call in calls), strict=True)
     widths = [int(np.prod(before.shape[1:])) for before in befores]
 
     def pulled(direction):
         gradients = tape.gradient(outputs, befores, tf.reshape(direction, tf.shape(outputs)))
         return tf.concat([tf.reshape(g, (rows, -1)) for g in gradients], 1)
 
-    columns = tf.transpose(output_factors.graph(objective, x, y), (2, 0, 1))
+    factors, signs = output_factors.graph(objective, x, y)
+    factors *= tf.maximum(signs, 0)[:, None, :]  # EK-FAC has no negative eigenvalue
+    columns = tf.transpose(factors, (2, 0, 1))
     parts = tf.split(map_rows(objective, pulled, columns), widths, axis=2)
     for block, a, g in zip(blocks, inputs, parts, strict=True):
         o = block.where.shape[1]

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from helpers import keras_facts
 from helpers.head import gemm
 
 VECTORISABLE = {
@@ -33,7 +34,7 @@ def compiled(function):
     def call(objective, *args):
         cache = objective.compiled
         if function not in cache:
-            _ = objective.head  # built here, since it can not be inside a graph
+            _ = objective.head  # built and probed here, since that can not be inside a graph
             cache[function] = tf.function(partial(function, objective), reduce_retracing=True)
         return cache[function](*args)
 
@@ -43,9 +44,41 @@ def compiled(function):
 
 def is_vectorisable(objective):
     """Return whether every layer of the model is known to survive `tf.vectorized_map`."""
+    if by_differences(objective):
+        return False
     layers = objective.model._flatten_layers()
     containers = (keras.Sequential, keras.src.models.Functional)
-    return all(type(la).__name__ in VECTORISABLE or isinstance(la, containers) for la in layers)
+    return all(
+        (type(la).__name__ in VECTORISABLE and getattr(la, "groups", 1) == 1)
+        or isinstance(la, containers)
+        for la in layers
+    )
+
+
+def by_differences(objective):
+    """Return whether TensorFlow lacks right second derivatives of the model or the loss."""
+    return "derivatives" in objective.__dict__ and objective.derivatives.by_differences
+
+
+def along(objective, vector, function):
+    """Return the derivative of function(), a tensor, as theta moves along `vector` (p,).
+
+    By central differences in float64, to be called inside a `tf.function`: where a second
+    derivative can not be had, the difference of exact first ones is right to about 1e-8.
+    """
+    old = [tf.identity(t) for t in objective.tensors]
+    size = tf.sqrt(tf.add_n([tf.reduce_sum(t**2) for t in old]))
+    h = 1e-5 * tf.maximum(size, 1) / tf.maximum(tf.norm(vector), 1e-300)
+    ends = []
+    for sign in (1, -1):
+        for variable, t, v in zip(
+            objective.variables, old, objective.unflatten(vector), strict=True
+        ):
+            variable.assign(t + sign * h * v)
+        ends.append(function())
+    objective.move(old)
+    with tf.control_dependencies([tf.identity(t) for t in objective.tensors]):  # put back first
+        return (ends[0] - ends[1]) / (2 * h)
 
 
 def loss_gradient(objective):
@@ -78,8 +111,9 @@ def hvp(objective, vectors):
 def gauss_newton_product(objective, vectors):
     """Return G v with G = (1/n) sum_i w_i J_i' A_i J_i + diag(decay), for (p,) or columns (p, k).
 
-    J_i is the Jacobian of example i's outputs, A_i the Hessian of its loss in the outputs. G has no
-    negative eigenvalue for a loss convex in the outputs, and is H for a linear model.
+    J_i is the Jacobian of example i's outputs (`Objective.outputs`), A_i the Hessian of its loss in
+    them, as it is. G has no negative eigenvalue for a loss convex in the outputs, and is H for a
+    linear model.
     """
     return _product(objective, vectors, _head_hvp if objective.head else _gnvp)
 
@@ -133,7 +167,14 @@ def head_operator(objective, rows=None):
 def _hvp(objective, vectors, rows=None, first=0, last=None):
     """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
 
+    def slope(x, y, weight):
+        with tf.GradientTape() as tape:
+            loss = tf.tensordot(weight, objective.example_losses(x, y), 1)
+        return objective.flatten(tape.gradient(loss, objective.tensors))
+
     def one_vector(x, y, weight, vector):
+        if by_differences(objective):
+            return along(objective, vector, lambda: slope(x, y, weight))
         parts, tensors = objective.unflatten(vector)[first:last], objective.tensors
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
@@ -146,25 +187,33 @@ def _hvp(objective, vectors, rows=None, first=0, last=None):
 
 @compiled
 def _gnvp(objective, vectors, rows=None):
+    def slope(y, weight, outputs, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            losses = objective.loss_of_outputs(y, keras_facts.with_mask(outputs, mask))
+            loss = tf.tensordot(weight, losses, 1)
+        return tape.gradient(loss, outputs)
+
     def one_vector(x, y, weight, vector):
-        parts = objective.unflatten(vector)
         with tf.GradientTape(persistent=True) as tape:
             outputs = objective.outputs(x)
-        with tf.GradientTape() as linear:
-            dummy = tf.ones_like(outputs)
-            linear.watch(dummy)
-            pulled = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
-            dot = sum_of_products(pulled, parts)
-        moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
-        with tf.GradientTape() as outer:
-            outer.watch(outputs)
-            with tf.GradientTape() as inner:
-                inner.watch(outputs)
-                losses = objective.loss_of_outputs(y, outputs)
-                loss = tf.tensordot(weight, losses, 1)
-            slope = inner.gradient(loss, outputs)
-            dot = tf.reduce_sum(slope * tf.stop_gradient(moved))
-        bent = outer.gradient(dot, outputs)  # A J v
+        mask = keras_facts.mask_of(outputs)
+        if by_differences(objective):
+            moved = along(objective, vector, lambda: objective.outputs(x))  # J v
+            h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
+            ends = [slope(y, weight, outputs + s * h * moved, mask) for s in (1, -1)]
+            bent = (ends[0] - ends[1]) / (2 * h)
+        else:
+            with tf.GradientTape() as linear:
+                dummy = tf.ones_like(outputs)
+                linear.watch(dummy)
+                pulled = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
+                dot = sum_of_products(pulled, objective.unflatten(vector))
+            moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
+            with tf.GradientTape() as outer:
+                outer.watch(outputs)
+                dot = tf.reduce_sum(slope(y, weight, outputs, mask) * tf.stop_gradient(moved))
+            bent = outer.gradient(dot, outputs, None, tf.UnconnectedGradients.ZERO)  # A J v
         return objective.flatten(tape.gradient(outputs, objective.tensors, output_gradients=bent))
 
     return _regularised(objective, vectors, one_vector, rows)
@@ -193,7 +242,7 @@ def map_rows(objective, function, rows):
         return function(rows[0])[None]
     if is_vectorisable(objective):
         return tf.vectorized_map(function, rows)
-    return tf.map_fn(function, rows)
+    return tf.map_fn(function, rows, parallel_iterations=1)  # differences move theta meanwhile
 
 
 def sum_of_products(gradient, parts):
@@ -201,7 +250,8 @@ def sum_of_products(gradient, parts):
     pairs = zip(gradient, parts, strict=True)
     # embeddings have IndexedSlices for gradients
     terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v) for g, v in pairs if g is not None]
-    return tf.add_n(terms) if terms else tf.zeros((), parts[0].dtype)
+    dtype = max((v.dtype for v in parts), key=lambda dtype: dtype.size)
+    return tf.add_n([tf.cast(t, dtype) for t in terms]) if terms else tf.zeros((), dtype)
 
 
 def per_example_gradients(objective, x, y):
@@ -209,7 +259,7 @@ def per_example_gradients(objective, x, y):
 
     Rows are in the model's dtype (float64 for a last Dense layer); m p numbers must fit.
     """
-    x, y = keras.tree.map_structure(np.asarray, x), np.asarray(y)
+    x, y = objective.examples(x, y)
     head = objective.head
     if head:
         phi = head.features(x, y)
@@ -359,6 +409,8 @@ def _dots_of_shares(objective, columns):
 @compiled
 def _double_vjp_dots(objective, x, y, weight, vectors):
     def one_vector(vector):
+        if by_differences(objective):
+            return weight * along(objective, vector, lambda: objective.example_losses(x, y))
         parts = objective.unflatten(vector)
         with tf.GradientTape() as outer:
             outer.watch(weight)
@@ -394,9 +446,9 @@ def dense_hessian(objective):
 def dense_gauss_newton(objective):
     """Return G (see `gauss_newton_product`) as a matrix (p, p) float64.
 
-    With A_i = F_i F_i', G is the Gram matrix of the rows J_i' F_i: C per-example gradients and one
-    GEMM a batch, where a product for every column would cost p passes. The GEMM runs in the model's
-    dtype.
+    With A_i = F_i S_i F_i', G is the Gram matrix of the rows J_i' F_i with the signs S_i: C
+    per-example gradients and one GEMM a batch, where a product for every column would cost p
+    passes. The GEMM runs in the model's dtype.
     """
     if objective.head:
         return objective.head.hessian(objective.theta)
@@ -407,39 +459,45 @@ def dense_gauss_newton(objective):
         return (g + g.T) / 2
     total = np.zeros((objective.p, objective.p))
     for x, y, weight in objective.batches(_rows_at_once(objective)):
-        for rows in _curvature_rows(objective, x, y):
-            total += (rows.T * weight.numpy()) @ rows
-    return total / objective.n + np.diag(objective.decay)
+        for rows, signs in _curvature_rows(objective, x, y):
+            total += (rows.T * (weight.numpy() * signs)) @ rows
+    total = (total + total.T) / (2 * objective.n)  # a product in float32 rounds the two apart
+    return total + np.diag(objective.decay)
 
 
 def curvature_factors(objective, x, y):
-    """Return U_i (m, p, C) of the given examples, U_i U_i' = J_i' A_i J_i: their share of n G."""
+    """Return U_i (m, p, C) and signs S_i (m, C), U_i S_i U_i' = J_i' A_i J_i: shares of n G."""
     batches = objective.batches_of(x, y, batch_size=_rows_at_once(objective))
-    parts = [np.stack(list(_curvature_rows(objective, xb, yb)), -1) for xb, yb, _ in batches]
-    return np.concatenate(parts).astype(np.float64)
+    parts = [list(zip(*_curvature_rows(objective, xb, yb), strict=True)) for xb, yb, _ in batches]
+    factors, signs = ([np.stack(part[k], -1) for part in parts] for k in (0, 1))
+    return np.concatenate(factors).astype(np.float64), np.concatenate(signs)
 
 
 def _curvature_rows(objective, x, y):
-    """Yield, for each column f of F_i with F_i F_i' = A_i, the rows J_i' f, (b, p)."""
-    factors = output_factors(objective, x, y)
+    """Yield, for each column f of F_i, the rows J_i' f (b, p) and the signs (b,)."""
+    factors, signs = output_factors(objective, x, y)
     for c in range(factors.shape[-1]):
-        yield _pulled(objective, x, factors[:, :, c])
+        yield _pulled(objective, x, factors[:, :, c]), signs[:, c].numpy()
 
 
 @compiled
 def output_factors(objective, x, y):
-    """Return F_i (b, C, C) with F_i F_i' = A_i, the Hessian of the loss in the flat outputs."""
+    """Return F_i (b, C, C) and signs S_i (b, C), F_i S_i F_i' = A_i, the Hessian in the outputs."""
     outputs = objective.outputs(x)
-    shape = tf.shape(outputs)
+    shape, mask = tf.shape(outputs), keras_facts.mask_of(outputs)
     flat = tf.reshape(outputs, (shape[0], -1))
     with tf.GradientTape() as outer:
         outer.watch(flat)
         with tf.GradientTape() as inner:
             inner.watch(flat)
-            losses = objective.loss_of_outputs(y, tf.reshape(flat, shape))
+            again = keras_facts.with_mask(tf.reshape(flat, shape), mask)
+            losses = objective.loss_of_outputs(y, again)
         slope = inner.gradient(losses, flat)
-    values, vectors = tf.linalg.eigh(outer.batch_jacobian(slope, flat))
-    return vectors * tf.sqrt(tf.maximum(values, 0))[:, None, :]
+    a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO)
+    values, vectors = tf.linalg.eigh(a)
+    rounding = 10 * np.finfo(objective.dtype).eps * tf.reduce_max(tf.abs(values), 1, True)
+    values = tf.where(tf.abs(values) > rounding, values, 0)
+    return vectors * tf.sqrt(tf.abs(values))[:, None, :], tf.sign(values)
 
 
 def _identity(p, columns, most=64):

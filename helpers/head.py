@@ -9,13 +9,15 @@ exactly, for any loss and any frozen network below. Everything is float64, whate
 Shapes: n examples, d features (one more with a bias), C outputs, p = d C parameters, k columns.
 """
 
-from functools import reduce
+from functools import cached_property, reduce
 from operator import iadd
 
 import keras
 import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
+
+from helpers import keras_facts
 
 ON_GPU = bool(tf.config.list_physical_devices("GPU"))
 
@@ -40,14 +42,12 @@ def gram(phi, weight):
 class Head:
     """The features, labels and loss of an objective whose parameters are one last Dense layer."""
 
-    def __init__(self, objective, dense):
-        self.objective = objective
+    def __init__(self, objective, end):
+        self.objective, self._end, self._dense = objective, end, end.dense
         self.n, self.decay = objective.n, objective.decay
-        self._dense = dense
-        self._body = None
-        if dense.input is not objective.model.inputs[0]:
-            self._body = keras.Model(objective.model.inputs, dense.input)
-        self.c = dense.units
+        own, last = end.dense.activation, objective.last_activation
+        self._activation = own if end.own else last or keras.activations.linear
+        self.c = end.dense.units
         self._hold()
 
     def _hold(self):
@@ -63,23 +63,12 @@ class Head:
 
         A StreamedHead for data on disk whose features would not fit the memory budget.
         """
-        layers = [
-            la
-            for la in objective.model._flatten_layers(include_self=False)
-            if la._trainable_variables
-        ]
-        dense = layers[-1] if layers else None
-        if type(dense) is not keras.layers.Dense or dense.quantization_mode:
+        x, _, _ = next(iter(objective.batches(batch_size=2)))
+        end = keras_facts.end_of(objective.model, x, objective.variables)
+        if end is None:
             return None
-        if [id(v) for v in dense.trainable_variables] != [id(v) for v in objective.variables]:
-            return None
-        try:
-            last = objective.model.outputs[0] is dense.output and len(dense.input.shape) == 2
-        except AttributeError:  # a subclassed model has no symbolic outputs
-            return None
-        large = 8 * objective.n * dense.kernel.shape[0] > objective.memory_budget
-        kind = StreamedHead if large and not objective.in_memory else cls
-        return kind(objective, dense) if last else None
+        large = 8 * objective.n * end.dense.kernel.shape[0] > objective.memory_budget
+        return (StreamedHead if large and not objective.in_memory else cls)(objective, end)
 
     def blocks(self):
         """Yield this head once for each block of training examples that it holds at a time."""
@@ -90,7 +79,10 @@ class Head:
 
         For the closed forms and refits of `retraining`; the objective's own data stay as they are.
         """
-        self.y = np.asarray(y, self.y.dtype).reshape(self.y.shape)
+        given, y = np.asarray(y), np.asarray(y).astype(self.y.dtype)
+        if (given != y).any():
+            raise ValueError(f"Labels of type {given.dtype} are cut to their own, {self.y.dtype}.")
+        self.y = y.reshape(self.y.shape)
         self.tensors = self.tensors[0], tf.constant(self.y), self.tensors[2]
 
     @property
@@ -111,8 +103,10 @@ class Head:
             start = stop
 
     def _features(self, x):
-        phi = x if self._body is None else self._body(x, training=False)
-        phi = np.asarray(keras.tree.flatten(phi)[0], np.float64)
+        phi = keras.tree.flatten(x)[0]
+        if not self._end.direct:
+            phi = keras_facts.features_of(self.objective.model, self._dense, x)
+        phi = np.asarray(phi, np.float64)
         return np.hstack([phi, np.ones((len(phi), 1))]) if self._dense.use_bias else phi
 
     def features(self, x, y):
@@ -148,8 +142,12 @@ class Head:
 
     @tf.function(reduce_retracing=True, autograph=False)
     def _losses(self, y, outputs):
+        return self.losses_in_graph(y, outputs)
+
+    def losses_in_graph(self, y, outputs):
+        """Return the loss at outputs (m, C) as a tensor (m,), to be differentiated."""
         loss = self.objective.loss_in("float64")
-        values = loss(y, self._dense.activation(outputs))
+        values = loss(y, self._activation(outputs))
         return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
 
     @tf.function(reduce_retracing=True, autograph=False)
@@ -164,11 +162,31 @@ class Head:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)
             columns = tf.unstack(self._residuals(y, outputs), axis=1)
-        return tf.stack([tape.gradient(column, outputs) for column in columns], axis=1)
+        none = tf.UnconnectedGradients.ZERO  # of a loss that is linear in pieces
+        return tf.stack([tape.gradient(c, outputs, None, none) for c in columns], axis=1)
 
     def gradients(self, phi, residuals):
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
         return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), -1)
+
+    @cached_property
+    def flat(self):
+        """Return the directions in which L does not change at all, (p, f): orthonormal columns.
+
+        A softmax is the same when all its outputs move together: with a bias that does not decay,
+        that is one direction of theta.
+        """
+        decay = self.decay.reshape(self.d, self.c)
+        if self.c == 1 or not self._dense.use_bias or decay[-1].any():
+            return np.zeros((len(self.decay), 0))
+        block = next(iter(self.blocks()))
+        outputs = block.outputs(block.phi, self.objective.theta)
+        bent = self.curvatures(block.y, outputs).sum(2)
+        slope = self.residuals(block.y, outputs).sum(1)
+        one = np.zeros((self.d, self.c))
+        one[-1] = self.c**-0.5
+        still = max(np.abs(bent).max(), np.abs(slope).max()) <= 1e-12
+        return one.reshape(-1, 1) if still else np.zeros((one.size, 0))
 
     def hessian(self, theta, *, weight=None, n=None):
         """Return H of the whole objective at theta, (p, p): C (C + 1) / 2 GEMMs of size n d d.

@@ -10,14 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from helpers import checks
 from helpers.approximations import (
     gauss_newton_preconditioner,
+    numpy_product,
     nystroem_preconditioner,
     solve_lissa,
     solve_low_rank,
 )
 from helpers.curvature import (
+    along,
     blocks_of_dots,
+    by_differences,
     compiled,
     dense_gauss_newton,
     dense_hessian,
@@ -48,22 +52,35 @@ def ihvp(objective, b, *, solver="auto", damping="auto", rtol=None, max_steps=10
         eigenvalue), "gauss_newton" (Cholesky of G + damping I), "lissa", "low_rank"; further
         `options` go to the solver.
     damping : a number, or "auto" for `spectrum.choose_damping`.
-    rtol : the relative residual to reach, or to be judged by; by default 1e-8, 1e-4 for CG on
-        float32 products, 1e-2 for LiSSA and low rank.
+    rtol : the relative residual to reach, or to be judged by; by default 1e-8, 1e-4 for float32
+        products and for differences of gradients, 1e-2 for LiSSA and low rank. A dense matrix of a
+        network is certified by a fresh product, not by itself.
     """
     if len(b) != objective.p:
         raise ValueError(f"b has {len(b)} rows, the objective {objective.p} parameters.")
     columns_of(b)
     if damping == "auto":
         damping = choose_damping(objective).value
-    if damping < 0:
-        raise ValueError(f"damping must not be negative, got {damping}.")
+    damping = checks.number("damping", damping)
+    checks.curvature(objective)
     if solver == "auto":
         solver = "cholesky" if objective.head and objective.p <= DENSE_LIMIT else "cg"
     if rtol is None:
-        coarse = solver == "cg" and not objective.head and objective.dtype == "float32"
+        rounded = objective.dtype == "float32" or objective.derivatives.by_differences
+        coarse = not objective.head and rounded
         rtol = 1e-2 if solver in ("lissa", "low_rank") else 1e-4 if coarse else 1e-8
-    shared = {"damping": damping, "rtol": rtol, **options}
+    shared = {"damping": damping, "rtol": checks.number("rtol", rtol), **options}
+    found = _solved(objective, b, solver, max_steps, shared)
+    return found._replace(derivatives=objective.derivatives.words)
+
+
+def _solved(objective, b, solver, max_steps, shared):
+    if solver in ("cholesky", "gauss_newton", "eigh") and not objective.head:
+        # the matrix is rounded as its products are: certify by a fresh one
+        shift = 0.0 if solver == "eigh" else shared["damping"]
+        gauss_newton = solver == "gauss_newton"
+        fresh = numpy_product(objective, shift, gauss_newton=gauss_newton)
+        shared = dict(zip(("product", "dtype"), fresh, strict=True)) | shared
     if solver == "cholesky":
         return solve_cholesky(dense_hessian(objective), b, **shared)
     if solver == "gauss_newton":
@@ -71,7 +88,8 @@ def ihvp(objective, b, *, solver="auto", damping="auto", rtol=None, max_steps=10
             method="Cholesky of the Gauss-Newton matrix"
         )
     if solver == "eigh":
-        return solve_eigh(dense_hessian(objective), b, damping, rtol=rtol)[0]
+        damping = shared.pop("damping")
+        return solve_eigh(dense_hessian(objective), b, damping, **shared)[0]
     if solver == "cg":
         return _ihvp_cg(objective, b, max_steps=max_steps, **shared)
     if solver == "lissa":
@@ -120,11 +138,12 @@ def s_test(
 
     Koh & Liang 2017, section 3. The test gradients carry no regulariser; H is of the whole
     objective. `x` of the Solution is (p, m); a zero test gradient has a zero column, and one that
-    is zero but for rounding raises a UserWarning. Solvers, damping and further options: `ihvp`.
+    is zero but for rounding raises a UserWarning, as does a system that was not solved. Solvers,
+    damping and further options: `ihvp`.
     """
     gradients = per_example_gradients(objective, x_test, y_test)
     _warn_of_zeros(np.linalg.norm(gradients, axis=1), gradients.dtype)
-    return ihvp(
+    found = ihvp(
         objective,
         gradients.T,
         solver=solver,
@@ -133,6 +152,8 @@ def s_test(
         max_steps=max_steps,
         **options,
     )
+    found.warn_unless_solved()
+    return found
 
 
 def _warn_of_zeros(norms, dtype):
@@ -155,7 +176,8 @@ def predicted_loss_change(objective, s, *, out=None):
     s : what `s_test` returned, or an array (p,) or (p, m).
     out : array (m, n) to write to, block by block: `np.lib.format.open_memmap` makes one on disk.
     """
-    shape, start = (_columns(objective, s).shape[1], objective.n), 0
+    s = _columns(objective, s)
+    shape, start = (s.shape[1], objective.n), 0
     out = np.empty(shape) if out is None else out
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}, the influences {shape}.")
@@ -177,7 +199,10 @@ def _blocks_of_changes(objective, s):
 
 def _columns(objective, s):
     """Return s as columns (p, m)."""
-    s = s.x if isinstance(s, Solution) else np.asarray(s)
+    if isinstance(s, Solution):
+        s.warn_unless_solved(stacklevel=5)
+        s = s.x
+    s = np.asarray(s)
     if s.ndim > 2 or len(s) != objective.p:
         raise ValueError(f"s has shape {s.shape}, the objective {objective.p} parameters.")
     return s[:, None] if s.ndim == 1 else s
@@ -233,7 +258,9 @@ def self_influence(objective, x, y, *, damping=0.0):
     The data gradient on both sides, no 1/n. For a binary logistic head this is sigma_i^2 x'H^-1 x;
     the code released with Koh & Liang 2017 had sigma_i instead of its square.
     """
-    factor = Cholesky(damped(dense_hessian(objective), damping))
+    checks.curvature(objective)
+    x, y = objective.examples(x, y)
+    factor = Cholesky(damped(dense_hessian(objective), checks.number("damping", damping)))
     step = objective.affordable_batch(16 * objective.p)
     values = []
     for start in range(0, len(y), step):
@@ -250,19 +277,24 @@ def influence_wrt_input(objective, s, x, y):
     Koh & Liang 2017, section 2.2: I_pert,loss up to its sign. A step of x_i along this makes the
     example more helpful for the test point of `s`, a step against it more harmful. s : (p,).
     """
-    s = tf.constant(np.ravel(s.x if isinstance(s, Solution) else s), objective.dtype)
+    s = _columns(objective, s)
+    if s.shape[1] != 1:
+        raise ValueError(f"s has {s.shape[1]} columns: pass that of one test point.")
+    s = tf.constant(s[:, 0], objective.dtype)
     if not tf.as_dtype(np.asarray(x).dtype).is_floating:
         raise ValueError(
             "influence_wrt_input needs real-valued inputs: integers have no gradient. For text "
             "take the output of the embedding as input."
         )
-    batches = objective.batches_of(np.asarray(x), np.asarray(y))
+    batches = objective.batches_of(*objective.examples(x, y))
     parts = [_input_gradients(objective, s, xb, yb).numpy() for xb, yb, _ in batches]
     return np.concatenate(parts)
 
 
 @compiled
 def _input_gradients(objective, s, x, y):
+    if by_differences(objective):
+        return along(objective, s, lambda: _slope_of_input(objective, x, y))
     parts = objective.unflatten(s)
     with tf.GradientTape() as outer:
         outer.watch(x)
@@ -270,3 +302,10 @@ def _input_gradients(objective, s, x, y):
             loss = tf.reduce_sum(objective.example_losses(x, y))
         dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
     return outer.gradient(dot, x)
+
+
+def _slope_of_input(objective, x, y):
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(objective.example_losses(x, y))
+    return tape.gradient(loss, x)

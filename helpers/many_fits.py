@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse
 from tqdm.auto import tqdm
 
+from helpers import checks
 from helpers.head import gemm, gram
 from helpers.retraining import DENSE_FIT, head_of
 from helpers.solvers import Cholesky
@@ -42,7 +43,10 @@ def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32, 
         raise ValueError(f"labels has {n} rows, the objective {head.n} examples.")
     if not (head.decay > 0).all():
         raise ValueError("Fits by conjugate gradients need a weight decay on every parameter.")
-    labels = np.asarray(labels, head.y.dtype)
+    labels, given = np.asarray(labels).astype(head.y.dtype), np.asarray(labels)
+    if (labels != given).any():
+        raise ValueError(f"Labels of type {given.dtype} are cut to the objective's {head.y.dtype}.")
+    checks.labels(objective._loss, labels.ravel(), (labels.size, head.c))
     theta = np.zeros((len(head.decay), k)) if start is None else np.array(start, np.float64)
     share = np.repeat(head.weight[:, None], k, 1) / n if weight is None else weight / weight.sum(0)
     norms, products = np.zeros(k), np.zeros(k, int)
@@ -230,7 +234,7 @@ class Replacements:
         Training point rows[j] has the features phi[j] in refit owner[j]: rows, owner (K,), phi
         (K, d). start : theta (p, k) to begin at, by default the clean fit's.
         """
-        head, k = self.head, int(np.max(owner)) + 1
+        head, k, rows = self.head, int(np.max(owner)) + 1, checks.rows(rows, self.head.n)
         labels = np.repeat(np.concatenate([head.y.ravel(), head.y.ravel()[rows]])[:, None], k, 1)
         share = np.repeat(self.share[:, None], k, 1)
         share[rows, owner] = 0

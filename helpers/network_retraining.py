@@ -16,6 +16,7 @@ import scipy.optimize
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from helpers import checks
 from helpers.curvature import (
     compiled,
     curvature_factors,
@@ -38,11 +39,26 @@ class Descent(NamedTuple):
 
 
 class Refits(NamedTuple):
-    """Retrained parameters (p, k), and of each its gradient norm and gradient evaluations (k,)."""
+    """Retrained parameters (p, k), and of each its gradient norm and gradient evaluations (k,).
+
+    missed : how many gradient norms stayed above the tolerance `tol`.
+    """
 
     thetas: np.ndarray
     gradient_norms: np.ndarray
     evaluations: np.ndarray
+    tol: float = np.nan
+
+    @property
+    def missed(self):
+        return int((self.gradient_norms > self.tol).sum())
+
+    def __str__(self):
+        k, largest = len(self.gradient_norms), self.gradient_norms.max(initial=0)
+        return (
+            f"{k - self.missed} of {k} refits reached a gradient norm of {self.tol:.0e}, the "
+            f"largest is {largest:.1e}."
+        )
 
 
 def polish(objective, *, tol=1e-8, rounds=30, steps=100):
@@ -66,7 +82,7 @@ class NetworkRemovals:
 
     def __init__(self, objective, hessian, *, damping=0.0):
         self.objective, self.theta = objective, objective.theta
-        k = damped(hessian, damping)
+        k = damped(hessian, checks.number("damping", damping))
         k[np.diag_indices_from(k)] -= objective.decay / objective.n
         self.factor = Cholesky(k)
         self.gradient = loss_gradient(objective)
@@ -77,7 +93,8 @@ class NetworkRemovals:
         The point's own curvature is removed as far as it is Gauss-Newton's, J_i' A_i J_i, by a
         rank-C correction (Sherman-Morrison-Woodbury).
         """
-        x, y, weight = self.objective.gather(np.asarray(rows))
+        rows = checks.rows(rows, self.objective.n)
+        x, y, weight = self.objective.gather(rows)
         own = per_example_gradients(self.objective, x, y).T * weight.numpy()
         share = (self.objective.decay * self.theta)[:, None]
         gradient = self.gradient[:, None] - (own + share) / self.objective.n
@@ -89,9 +106,10 @@ class NetworkRemovals:
         """Return (K + damping I - J_i' A_i J_i / n)^-1 g for one vector (p,)."""
         n = self.objective.n
         x, y, weight = self.objective.gather(np.array([row]))
-        u = curvature_factors(self.objective, x, y)[0] * np.sqrt(float(weight[0]))
+        u, signs = (part[0] for part in curvature_factors(self.objective, x, y))
+        u *= np.sqrt(float(weight[0]))
         both = self.factor.solve(np.column_stack([g, u]))
-        middle = np.eye(u.shape[1]) - u.T @ both[:, 1:] / n
+        middle = np.diag(np.where(signs < 0, -1.0, 1.0)) - u.T @ both[:, 1:] / n
         return both[:, 0] + both[:, 1:] @ np.linalg.solve(middle, u.T @ both[:, 0] / n)
 
     def corrected(self, rows, steps=3):
@@ -101,6 +119,7 @@ class NetworkRemovals:
         same factor, and is halved until that objective falls; from a Newton step that made it rise
         they start at theta. Second value: gradient evaluations spent so far, (steps + 1, k).
         """
+        rows = checks.rows(rows, self.objective.n)
         thetas = np.empty((steps + 1, len(self.theta), len(rows)))
         thetas[0] = self.theta[:, None] + self.newton_steps(rows)
         spent = np.zeros((steps + 1, len(rows)), int)
@@ -156,6 +175,7 @@ class NetworkRemovals:
         return self._refits(rows, target, factor, tol, rounds, steps, checkpoint, *numbers)
 
     def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
+        rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
         same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
@@ -171,7 +191,7 @@ class NetworkRemovals:
         finally:
             self.objective.theta = self.theta
         ends = np.stack(ends, axis=1)
-        return Refits(ends[:-2], ends[-2], ends[-1].astype(int))
+        return Refits(ends[:-2], ends[-2], ends[-1].astype(int), tol)
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for parameters (p, k), (m, k) nats."""

@@ -7,13 +7,13 @@ zero on the others (`wd * theta` below always means `decay * theta`), w_i are sa
 """
 
 import copy
-from contextlib import contextmanager
 from functools import cached_property, partial
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from helpers import checks, keras_facts
 from helpers.head import Head
 
 if keras.backend.backend() != "tensorflow":
@@ -30,18 +30,24 @@ class Objective:
     ----------
     model : keras.Model
         Sequential, functional or subclassed, called with `training=False`: dropout is off,
-        batch normalisation uses its moving statistics.
+        batch normalisation uses its moving statistics. Layers of a float64 model that resize
+        pictures in float32, as Keras's do, resize in float64 from then on.
     loss : keras.losses.Loss, name, or callable (y_true, y_pred) -> (b,); optional
-        One value an example, in nats for cross-entropies. None takes the compiled loss.
+        What `compile` takes, and the same is meant: a loss object is used as it is, a function gets
+        Keras's wrapper. One value an example, in nats for cross-entropies. None takes the compiled
+        loss. Where Keras masks steps of sequences or has an `ignore_class`, an example's loss is
+        the sum over what counts, divided by the mean number of what counts in a training example.
     x, y : arrays (n, ...), lists or dicts of arrays, read in batches where they lie on disk (a
         np.memmap, Zarr or HDF5); or x = tf.data.Dataset of (x, y[, weight]) batches and y = None.
     weight_decay : float, optional
         wd of (wd/2)||theta_decayed||^2. None takes the model's own L2 regularisers
         (Keras' `l2(c)` is wd = 2c); giving both is refused, since they would count twice.
-    decayed : "kernels", "all", or a list of variables
-        What `weight_decay` applies to; "kernels" are the variables of rank two or more.
+    decayed : "kernels", "all", or a list of variables or their names
+        What `weight_decay` applies to; "kernels" are the variables of rank two or more that are no
+        bias, scale or offset.
     parameters : None (all trainable), "last_layer", or a list of layer names or variables
-    sample_weight : (n,), optional
+        "last_layer" is the layer with parameters from which alone the predictions come.
+    sample_weight : (n,), optional; finite, not negative
     batch_size : int, optional
         Examples a pass holds at once; by default what fits `memory_budget` bytes. Results do
         not depend on it: batches are summed and divided by n.
@@ -70,15 +76,22 @@ class Objective:
         self.model, self.strategy = model, strategy
         self.compiled = {}  # one tf.function a kind of product, freed with the objective
         self.memory_budget = memory_budget
-        if not isinstance(x, tf.data.Dataset):
-            x = _as_arrays(x)
-            model(_first(x, 2), training=False)  # builds a model that has not been called yet
+        if isinstance(x, tf.data.Dataset):
+            checks.once(x)
+            first, labels = next(iter(x))[:2]
         else:
-            model(next(iter(x))[0], training=False)
-        _ = self._logits  # built here, since it can not be inside a graph
-        self.variables = _select(model, parameters)
+            x, y = _as_arrays(x), _one_array(y)
+            checks.lengths(x, y)
+            if not len(y):
+                raise ValueError("The training data hold no example.")
+            first, labels = _first(x, 3), y[:3]
+        keras_facts.resize_in_float64(model)
+        checks.inputs(model, first)
+        self._input_shapes = [tuple(a.shape) for a in keras.tree.flatten(first)]
+        predictions = self._predict(first)  # builds a model that has not been called yet
+        self.variables = _select(model, parameters, first)
         self.dtype = _dtype(model, self.variables)
-        self._loss = loss if loss is not None else getattr(model, "loss", None)
+        self._bind_loss(loss, labels, predictions)
         self.decay = _decay(model, self.variables, weight_decay, decayed)
         self._bind_data(x, y, sample_weight, batch_size)
         self._check_loss()
@@ -95,20 +108,17 @@ class Objective:
                     "(x, y) or (x, y, weight) batches."
                 )
             self._dataset, self.bytes_an_example, self._data = x.map(self._complete), 0, None
-            read = [(len(weight), *_ends(y)) for _, y, weight in self._dataset if len(weight)]
-            sizes, low, high = zip(*read, strict=True) if read else ((0,), (0,), (0,))
-            self.n, self.batch_size, self._labels = sum(sizes), max(sizes), (min(low), max(high))
+            self._read_dataset(x)
         else:
             self.n = len(y)
-            wrong = {len(a) for a in keras.tree.flatten(x)} - {self.n}
-            if wrong:
-                raise ValueError(f"x and y differ in length: {wrong.pop()} and {self.n}.")
             self.bytes_an_example = self._bytes_an_example(x)
             affordable = self.affordable_batch(self.bytes_an_example)
             self.batch_size = min(self.n, batch_size or affordable)
-            weight = np.ones(self.n) if sample_weight is None else sample_weight
-            _check_numbers(x, y, weight)
-            self._labels = _ends(y) if self.n else (0, 0)
+            weight = checks.weights(sample_weight, self.n)
+            checks.labels(self._loss, y, self._predicted)
+            for values in (*keras.tree.flatten(x), y):
+                if not _is_on_disk(values):
+                    checks.finite(values, "training examples")
             if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
                 self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
                 self._data = None
@@ -116,8 +126,31 @@ class Objective:
                 self._dataset, self._data = None, self._complete(x, y, weight)
             if self.strategy is not None:
                 self.shares = self._shared_out(x, y, weight)
-        if self.n == 0:
+
+    def _read_dataset(self, dataset):
+        """Count a Dataset's examples, check its batches, and that a second pass gives the same."""
+        sizes, first, total = [], 0, 0.0
+        for x, y, *weight in dataset:
+            checks.lengths(x, y)
+            for values in (*keras.tree.flatten(x), y):
+                checks.finite(values, f"examples of batch {len(sizes)}")
+            checks.labels(self._loss, y, self._predicted)
+            total += checks.weights(weight[0] if weight else None, len(y), some=False).sum()
+            first = checks.checksum((x, y, *weight), first)
+            sizes.append(len(y))
+        if not sum(sizes):
             raise ValueError("The training data hold no example.")
+        if not total:
+            raise ValueError("All sample weights are zero: no example counts.")
+        second = 0
+        for batch in dataset:
+            second = checks.checksum(batch, second)
+        if first != second:
+            raise ValueError(
+                "Two passes over the Dataset differ, so its examples have no number: leave out "
+                "shuffle(), random augmentation and what else changes from pass to pass."
+            )
+        self.n, self.batch_size = sum(sizes), max(sizes)
 
     def _shared_out(self, x, y, weight):
         """Return (x, y, weight) as distributed values: consecutive rows, a share a replica."""
@@ -135,8 +168,9 @@ class Objective:
         return self.strategy.experimental_distribute_values_from_function(share)
 
     def _complete(self, x, y, weight=None):
-        weight = tf.ones(tf.shape(y)[0]) if weight is None else weight
-        return self.cast(x), tf.convert_to_tensor(y), tf.cast(weight, self.dtype)
+        y = tf.convert_to_tensor(_one_array(y))
+        weight = tf.ones(tf.shape(y)[0]) if weight is None else tf.reshape(weight, [-1])
+        return self.cast(x), y, tf.cast(weight, self.dtype)
 
     def cast(self, x):
         """Return x as tensors: floating ones in the model's dtype, integers as they are."""
@@ -192,7 +226,9 @@ class Objective:
         return total
 
     def gather(self, rows):
-        """Return (x, y, weight) of the training examples with these indices."""
+        """Return (x, y, weight) of the training examples with these numbers (`checks.rows`)."""
+        if not tf.is_tensor(rows):
+            rows = checks.rows(rows, self.n)
         return keras.tree.map_structure(lambda a: tf.gather(a, rows), self._in_memory())
 
     def _in_memory(self):
@@ -205,13 +241,41 @@ class Objective:
 
     def subset(self, rows):
         """Return the same objective over these training examples only."""
-        part = copy.copy(self)
+        part, rows = copy.copy(self), checks.rows(rows, self.n)
+        if not len(rows):
+            raise ValueError("A subset of no training point is no objective.")
         part._data, part.n = self.gather(rows), len(rows)
         part.batch_size = min(self.batch_size, part.n)
         part.compiled = {}
         if self.strategy is not None:
             part.shares = part._shared_out(*part._data)
         for cached in ("head", "_compiled_losses"):
+            part.__dict__.pop(cached, None)
+        part._count_steps()
+        return part
+
+    def examples(self, x, y):
+        """Return (x, y) of examples to ask about as arrays, held against the training data."""
+        x, y = keras.tree.map_structure(np.asarray, _as_arrays(x)), np.asarray(_one_array(y))
+        checks.lengths(x, y)
+        if not len(y):
+            raise ValueError("There is no test example.")
+        checks.inputs(self.model, x, self._input_shapes)
+        checks.labels(self._loss, y, self._predicted)
+        for values in (*keras.tree.flatten(x), y):
+            checks.finite(values, "examples")
+        return x, y
+
+    def in_float64(self):
+        """Return this objective on a float64 copy of its model; None where none can be made."""
+        first, _, _ = next(iter(self.batches(batch_size=2)))
+        model = keras_facts.in_float64(self.model, first)
+        if model is None:
+            return None
+        part, place = copy.copy(self), {id(v): k for k, v in enumerate(self.model.weights)}
+        part.model, part.dtype, part.compiled = model, "float64", {}
+        part.variables = [model.weights[place[id(v)]] for v in self.variables]
+        for cached in ("head", "_compiled_losses", "_compiled_outputs", "_assign"):
             part.__dict__.pop(cached, None)
         return part
 
@@ -260,11 +324,15 @@ class Objective:
     def theta(self, vector):
         self._assign(tf.constant(np.asarray(vector), self.dtype))
 
+    def move(self, parts):
+        """Give the selected parameters the values of a list of arrays shaped like them."""
+        for variable, part in zip(self.variables, parts, strict=True):
+            variable.assign(part)
+
     @cached_property
     def _assign(self):
         def assign(vector):
-            for variable, part in zip(self.variables, self.unflatten(vector), strict=True):
-                variable.assign(part)
+            self.move(self.unflatten(vector))
 
         return tf.function(assign)  # ten times as fast as one by one, and descents do it often
 
@@ -275,7 +343,10 @@ class Objective:
         The layers below are taken as they are at the first use. Data on disk whose features would
         exceed the memory budget are read block by block (`head.StreamedHead`).
         """
-        return Head.of(self)
+        head = Head.of(self)
+        if "derivatives" not in self.__dict__:  # whatever is computed asks for the head first
+            self.derivatives = checks.probe(self, head)
+        return None if self.derivatives.by_differences else head
 
     @property
     def in_memory(self):
@@ -288,12 +359,13 @@ class Objective:
             tf.zeros(size, self.dtype) if t is None else tf.reshape(tf.convert_to_tensor(t), [-1])
             for t, size in zip(tensors, self.sizes, strict=True)
         ]
-        return tf.concat(parts, 0)
+        return tf.concat([tf.cast(part, self.dtype) for part in parts], 0)
 
     def unflatten(self, vector):
         """Return one vector (p,) as a list of tensors shaped like the variables."""
         parts = tf.split(tf.convert_to_tensor(vector), self.sizes)
-        return [tf.reshape(t, v.shape) for t, v in zip(parts, self.variables, strict=True)]
+        pairs = zip(parts, self.variables, strict=True)
+        return [tf.cast(tf.reshape(t, v.shape), v.dtype) for t, v in pairs]
 
     # ---------------------------------------------------------------- losses
 
@@ -301,36 +373,88 @@ class Objective:
         """Return loss(z_i, theta) of a batch, (b,), in nats for cross-entropies; no regulariser."""
         return self.loss_of_outputs(y, self.outputs(x))
 
+    def _predict(self, x):
+        """Return the predictions of a batch, (b, ...), with what Keras hangs on them."""
+        with keras_facts.exact_derivatives():
+            predictions = keras.tree.flatten(self.model(x, training=False))
+        if len(predictions) > 1:
+            raise ValueError(
+                "The model has several outputs. Bind one: "
+                "keras.Model(model.inputs, model.outputs[0])."
+            )
+        return predictions[0]
+
     def outputs(self, x):
-        """Return what the loss is convex in, (b, ...): logits, below a last softmax or sigmoid."""
-        with exact_moments():
-            if self._logits is None:
-                return self.model(x, training=False)
-            body, dense = self._logits
-            logits = keras.ops.matmul(body(x, training=False), dense.kernel)
-            return logits + dense.bias if dense.use_bias else logits
+        """Return what the loss is convex in, (b, ...): logits, below a last softmax or sigmoid.
+
+        The predictions themselves, where the loss is no function convex in the logits: for a
+        squared error of probabilities, say.
+        """
+        predictions = self._predict(x)
+        logits = predictions if self.activation is None else keras_facts.logits_of(predictions)
+        if logits is None:  # not hung on the tensor, but every graph shows them
+            return keras_facts.with_mask(*self._compiled_outputs(x))
+        return keras_facts.with_mask(tf.identity(logits), keras_facts.mask_of(predictions))
+
+    @cached_property
+    def _compiled_outputs(self):
+        def both(x):
+            outputs = self.outputs(x)
+            return outputs, keras_facts.mask_of(outputs)
+
+        return tf.function(both, reduce_retracing=True)
 
     def loss_of_outputs(self, y, outputs):
         """Return the loss of each example, (b,), from what `outputs` returned."""
-        return self.loss_of_predictions(
-            y, outputs if self._logits is None else self._logits[1].activation(outputs)
-        )
+        if self.activation is None:
+            return self.loss_of_predictions(y, outputs)
+        mask = keras_facts.mask_of(outputs)
+        return self.loss_of_predictions(y, keras_facts.with_mask(self.activation(outputs), mask))
 
-    @cached_property
-    def _logits(self):
-        """The network below a last Dense layer with softmax or sigmoid, and that layer, or None."""
-        dense = self.model.layers[-1] if self.model.layers else None
-        last = isinstance(dense, keras.layers.Dense) and dense.activation in (
-            keras.activations.softmax,
-            keras.activations.sigmoid,
+    @property
+    def loss_name(self):
+        """What the loss is called."""
+        return self._loss.name
+
+    def _bind_loss(self, loss, y, predictions):
+        weight = keras_facts.loss_weight(self.model) if loss is None else 1.0
+        given = loss if loss is not None else getattr(self.model, "loss", None)
+        self._loss = keras_facts.as_loss(given, y, predictions)
+        self._loss_weight, self._steps = weight, None
+        if self._loss.reduction in ("sum", "mean_with_sample_weight"):
+            raise ValueError(
+                f"The loss has reduction='{self._loss.reduction}', which weighs examples against "
+                "the weight decay by the batch they are in. Use reduction='sum_over_batch_size', "
+                "and put factors into sample_weight or weight_decay."
+            )
+        declared = getattr(self.model, "outputs", None) or [None]
+        middle = getattr(declared[0], "shape", [None] * len(predictions.shape))[1:-1]
+        self._predicted = (
+            predictions.shape if not middle else ((None, *middle, predictions.shape[-1]))
         )
-        if not last or getattr(self.model, "outputs", [None])[0] is not dense.output:
-            return None
-        return keras.Model(self.model.inputs, dense.input), dense
 
     def loss_in(self, dtype):
-        """Return the loss as a callable (y, predictions) -> one value an example, in `dtype`."""
-        return _per_example(self._loss, dtype)
+        """Return the loss as a callable (y, predictions) -> values (b, ...) in `dtype`.
+
+        A loss that computes in a type of its own whatever it is given, gets that and is cast.
+        """
+        inner = self._loss_dtypes[dtype]
+
+        def values(y, predictions):
+            return tf.cast(self._entries(y, predictions, inner), dtype)
+
+        return values
+
+    def _entries(self, y, predictions, dtype):
+        """Return the weighed loss of each entry, zero where Keras masks it."""
+        values = keras_facts.unreduced(self._loss, y, predictions, dtype)
+        mask = keras_facts.mask_of(values)
+        values *= self._loss_weight
+        if mask is None or self._steps is None:
+            return values
+        entries = tf.size(values[:1], tf.int32) / 1
+        share = tf.cast(entries, dtype) / tf.cast(self._steps, dtype)
+        return tf.where(mask, values, 0) * share
 
     def loss_of_predictions(self, y, predictions):
         """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""
@@ -341,8 +465,8 @@ class Objective:
 
     def losses(self, x, y):
         """Return the loss of each given example, (m,) float64."""
-        x = _as_arrays(x)
-        parts = [self._compiled_losses(xb, yb) for xb, yb, _ in self.batches_of(x, np.asarray(y))]
+        batches = self.batches_of(*self.examples(x, y))
+        parts = [self._compiled_losses(xb, yb) for xb, yb, _ in batches]
         return np.concatenate([part.numpy() for part in parts]).astype(np.float64)
 
     @cached_property
@@ -361,66 +485,81 @@ class Objective:
         return total / self.n + self.regulariser()
 
     def _check_loss(self):
+        """Hold the bound loss against Keras's own evaluation of a few examples."""
         x, y, _ = next(iter(self.batches(batch_size=3)))
-        predictions = self.model(x, training=False)
-        if len(keras.tree.flatten(predictions)) > 1:
+        predictions = self._predict(x)
+        if not np.array_equal(predictions, self._predict(x), equal_nan=True):
             raise ValueError(
-                "The model has several outputs. Bind one: "
-                "keras.Model(model.inputs, model.outputs[0])."
+                "The model gives other predictions when it is called again with training=False: "
+                "a layer draws random numbers. Make it depend on `training`."
             )
-        self._check_labels(int(predictions.shape[-1] or 1))
-        values = self.loss_in(self.dtype)(y, predictions)
+        self._loss_dtypes = {}
+        for dtype in dict.fromkeys(("float64", self.dtype)):
+            try:
+                values = keras_facts.unreduced(self._loss, y, predictions, dtype)
+                self._loss_dtypes[dtype] = dtype
+            except (TypeError, tf.errors.InvalidArgumentError):
+                self._loss_dtypes[dtype] = dtype = self._loss.dtype
+                values = keras_facts.unreduced(self._loss, y, predictions, dtype)
         b = int(predictions.shape[0])
         if values.shape.rank == 0 or int(values.shape[0]) != b:
             raise ValueError(
                 f"The loss must return one value an example, shape ({b}, ...); it "
                 f"returned shape {tuple(values.shape)}. Do not average over examples."
             )
-        if y.shape.rank == 1 and predictions.shape.rank == 2 and values.shape == (b, b) and b > 1:
-            raise ValueError(
-                f"y has shape (n,) and the predictions (n, {predictions.shape[1]}): "
-                "the loss broadcast one against the other. Give y the shape (n, 1)."
-            )
+        for k in (b, 1):  # one example alone must have the loss it has among others
+            mine, theirs = keras_facts.both_means(self._loss, y, predictions, values, k, dtype)
+            if not np.isclose(mine, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise ValueError(
+                    f"Keras evaluates the loss of {k} examples to {theirs:.6g}, but the mean of "
+                    f"one value an example is {mine:.6g}: the loss couples the examples of a batch "
+                    "or averages in a way of its own, and then no example has an influence."
+                )
+        self.activation = self.last_activation = keras_facts.last_activation(self._predict, x)
+        if self.activation is not None and not self._is_convex(x, y):
+            self.activation = None
+        self._count_steps()
 
-    def _check_labels(self, classes):
-        """Refuse labels for which a cross-entropy is defined as a formula and not as a loss."""
-        loss, (least, most) = self.loss_in(self.dtype), self._labels
-        whole = isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
-        if whole and loss.ignore_class is not None:
+    def _is_convex(self, x, y):
+        """Return whether the loss is convex in the logits: of some losses known, else measured."""
+        if keras_facts.function_of(self._loss) in keras_facts.OF_LOGITS:
+            return True
+        logits = self.outputs(x)
+        rng, shape = np.random.default_rng(0), logits.shape
+        for spread in (0.0, 1.0, 3.0):
+            at = logits + tf.constant(spread * rng.normal(size=shape), logits.dtype)
+            v = tf.constant(rng.normal(size=shape), logits.dtype)
+            with tf.GradientTape() as outer:
+                outer.watch(at)
+                with tf.GradientTape() as inner:
+                    inner.watch(at)
+                    loss = tf.reduce_sum(self.loss_of_outputs(y, at))
+                slope = inner.gradient(loss, at)
+            bent = None if slope is None else outer.gradient(slope, at, output_gradients=v)
+            if bent is None:
+                return False
+            quadratic = tf.reduce_sum(tf.reshape(bent * v, (shape[0], -1)), 1)
+            if np.min(quadratic) < -1e-6 * np.max(np.abs(quadratic)):
+                return False
+        return True
+
+    def _count_steps(self):
+        """Count what Keras does not mask, in the mean over the training examples."""
+        x, y, _ = next(iter(self.batches(batch_size=1)))
+        self._steps = None
+        if self._mask(x, y) is None:
             return
-        high = classes - 1 if whole else 1
-        known = whole or isinstance(loss, keras.losses.BinaryCrossentropy)
-        if known and not (least >= 0 and most <= high):
-            raise ValueError(
-                f"Labels go from {least:g} to {most:g}, but {loss.name} needs "
-                f"{'class numbers' if whole else 'probabilities'} from 0 to {high}."
-            )
+        count = tf.function(lambda x, y: tf.math.count_nonzero(self._mask(x, y)))
+        total = sum(int(count(x, y)) for x, y, _ in self.batches())
+        if not total:
+            raise ValueError("Every step of the training data is masked: nothing counts.")
+        self._steps = total / self.n
 
-
-def _ends(y):
-    """Return the smallest and the largest of the labels."""
-    return float(np.min(y)), float(np.max(y))
-
-
-@contextmanager
-def exact_moments():
-    """Let TensorFlow differentiate normalisation layers twice.
-
-    `tf.nn.moments` stops the gradient of the mean inside the variance. That changes no first
-    derivative, because deviations from the mean sum to zero, but every second one: Hessians of
-    models with LayerNormalization or GroupNormalization come out wrong by several per cent.
-    """
-
-    def moments(x, axes, shift=None, keepdims=False, name=None):
-        mean = tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
-        return (mean if keepdims else tf.squeeze(mean, axes)), variance
-
-    original, tf.nn.moments = tf.nn.moments, moments
-    try:
-        yield
-    finally:
-        tf.nn.moments = original
+    def _mask(self, x, y):
+        values = keras_facts.unreduced(
+            self._loss, y, self._predict(x), self._loss_dtypes[self.dtype]
+        )
+        return keras_facts.mask_of(values)
 
 
 # -------------------------------------------------------------------- what a model brings along
@@ -448,38 +587,25 @@ def _stream(x, y, weight, batch_size):
     return tf.data.Dataset.range(0, len(y), batch_size).map(read)
 
 
-def _check_numbers(x, y, weight):
-    """Refuse labels that are text, and examples in memory that hold NaN or infinity."""
-    if np.asarray(y[:1]).dtype.kind in "OSU":
-        raise ValueError(
-            "The labels are text: number them, as np.unique(y, return_inverse=True)[1]."
-        )
-    for values in (*keras.tree.flatten(x), y, weight):
-        if _is_on_disk(values):
-            continue
-        values = np.asarray(values)
-        bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-        if bad.any():
-            raise ValueError(
-                f"{bad.sum()} training examples hold NaN or infinity, the first is number "
-                f"{bad.argmax()}: repair them or leave them out."
-            )
-
-
 def _as_arrays(x):
     return keras.tree.map_structure(lambda a: a if hasattr(a, "shape") else np.asarray(a), x)
+
+
+def _one_array(y):
+    """Return the labels of the one output, which may come as a dict of one."""
+    y = keras.tree.flatten(y)[0] if isinstance(y, dict) and len(y) == 1 else y
+    return y if hasattr(y, "shape") else np.asarray(y)
 
 
 def _first(x, k):
     return keras.tree.map_structure(lambda a: tf.convert_to_tensor(a[:k]), x)
 
 
-def _select(model, parameters):
+def _select(model, parameters, x):
     if parameters is None:
         chosen = list(model.trainable_variables)
-    elif parameters == "last_layer":
-        layers = [la for la in model._flatten_layers(include_self=False) if la._trainable_variables]
-        chosen = layers[-1].trainable_variables if layers else []
+    elif isinstance(parameters, str) and parameters == "last_layer":
+        chosen = keras_facts.last_layer(model, x).trainable_variables
     elif isinstance(parameters, str):
         raise ValueError(
             f"parameters='{parameters}' is not known: use None, 'last_layer', or a "
@@ -510,28 +636,9 @@ def _dtype(model, variables):
             "keras.config.set_dtype_policy('float32') (or 'float64')."
         )
     dtypes = {v.dtype for v in variables}
-    if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
-        raise ValueError(f"The parameters must all be float32 or all float64, not {dtypes}.")
-    return dtypes.pop()
-
-
-def _per_example(loss, dtype):
-    """Return a callable (y, predictions) -> one value an example, computed in `dtype`."""
-    if loss is None:
-        raise ValueError(
-            "Name a loss: Objective(model, keras.losses.…(), x, y), or compile the model with one."
-        )
-    if isinstance(loss, str):
-        name = "".join(word.capitalize() for word in loss.split("_"))
-        loss = getattr(keras.losses, name, None) or keras.losses.get(loss)
-        loss = loss() if isinstance(loss, type) else loss
-    if isinstance(loss, (list, tuple, dict)):
-        raise ValueError("Several losses are not supported: bind one output and one loss.")
-    if isinstance(loss, keras.losses.Loss):
-        loss = copy.copy(loss)
-        loss.reduction = None
-        loss._dtype = dtype  # Keras would cast float64 predictions down to floatx
-    return loss
+    if not dtypes <= {"float32", "float64"}:
+        raise ValueError(f"The parameters must be float32 or float64, not {dtypes}.")
+    return max(dtypes)  # LoRA's are float32 in a float64 model
 
 
 def _decay(model, variables, weight_decay, decayed):
@@ -563,9 +670,9 @@ def _decay(model, variables, weight_decay, decayed):
                 "weight_decay was given too: pass weight_decay=None to use the "
                 "model's own (Keras' l2(c) is a weight decay of 2c)."
             )
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
-        per_variable = [weight_decay * _is_decayed(v, decayed) + own[id(v)] for v in variables]
+        weight_decay = checks.number("weight_decay", weight_decay)
+        chosen = _decayed(model, variables, decayed)
+        per_variable = [weight_decay * (id(v) in chosen) + own[id(v)] for v in variables]
     return np.concatenate(
         [
             np.full(int(np.prod(v.shape)), wd, np.float64)
@@ -574,12 +681,29 @@ def _decay(model, variables, weight_decay, decayed):
     )
 
 
-def _is_decayed(variable, decayed):
+def _decayed(model, variables, decayed):
+    """Return the ids of the variables that `weight_decay` applies to."""
     if isinstance(decayed, str) and decayed in ("kernels", "all"):
-        return decayed == "all" or len(variable.shape) >= 2
+        return {id(v) for v in variables if decayed == "all" or keras_facts.is_kernel(v)}
     if isinstance(decayed, str):
         raise ValueError(f"decayed='{decayed}' is not known: 'kernels', 'all' or variables.")
-    return any(variable is v for v in decayed)
+    found = set()
+    for each in decayed:
+        names = (each,) if isinstance(each, str) else ()
+        those = [
+            v for v in variables if v is each or any(f"/{v.path}".endswith(f"/{n}") for n in names)
+        ]
+        for layer in model._flatten_layers(include_self=False) if names and not those else ():
+            if layer.name == each:
+                inside = {id(v) for v in layer.trainable_variables}
+                those += [v for v in variables if id(v) in inside]
+        if not those:
+            raise ValueError(
+                f"decayed names {getattr(each, 'path', each)}, which is none of the selected "
+                f"parameters: {[v.path for v in variables]}."
+            )
+        found |= {id(v) for v in those}
+    return found
 
 
 def _l2(variable):

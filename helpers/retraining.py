@@ -11,6 +11,7 @@ prediction (Pregibon 1981; Rad & Maleki 2020); repeating it with the same factor
 is the exact refit, all points at once.
 """
 
+import warnings
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 import scipy.sparse.linalg
 from tqdm.auto import tqdm
 
+from helpers import checks
 from helpers.head import gemm
 from helpers.runtime import keep_nothing
 from helpers.solvers import Cholesky
@@ -26,19 +28,34 @@ DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's
 
 
 class Fit(NamedTuple):
-    """The end of a fit: gradient norm of L at theta, Newton steps, training loss, and verdict."""
+    """The end of a fit: gradient norm of L at theta, Newton steps, training loss, and verdict.
+
+    gradient_norm : at the theta that the model stores; exact_norm : before it was stored, where
+    a float32 model rounds it; last_step : norm of the Newton step that would come next, which stays
+    large where there is no minimum and theta runs off to infinity.
+    """
 
     gradient_norm: float
     steps: int
     training_loss: float
     converged: bool
+    exact_norm: float = np.nan
+    last_step: float = np.nan
 
     def __str__(self):
         word = "converged" if self.converged else "NOT CONVERGED"
-        return (
+        text = (
             f"{word}: gradient norm {self.gradient_norm:.1e} after {self.steps} Newton steps, "
             f"training loss {self.training_loss:.6g} nats"
         )
+        if self.converged and self.gradient_norm > 2 * max(self.exact_norm, 1e-10):
+            text += f" (before the model rounded the parameters: {self.exact_norm:.1e})"
+        elif not self.converged and self.exact_norm <= 1e-10:
+            text += (
+                f"; the next step would still be {self.last_step:.1e} long: there is no minimum, "
+                "let what runs away decay too (decayed='all')"
+            )
+        return text
 
 
 def head_of(objective):
@@ -54,19 +71,27 @@ def head_of(objective):
 def fit_head(objective, *, tol=1e-10, max_steps=100):
     """Set the head's parameters to the minimum of L and return a Fit.
 
-    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol. A model
-    stored in float32 keeps only 7 digits of it, and the gradient norm says so.
+    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol, and
+    converged only if the next step is short too. Directions in which L is flat (the shift of a
+    softmax's biases together) are left as they are. A model stored in float32 keeps only 7 digits
+    of the minimum: the Fit has the gradient norm before and after.
     """
-    head = head_of(objective)
+    head, tol = head_of(objective), checks.number("tol", tol)
+    checks.curvature(objective)
     if not (objective.decay > 0).any():
         raise ValueError(
             "Without weight decay a separable problem has no minimum: pass "
             "weight_decay > 0 (the thesis uses 1e-3)."
         )
     theta, steps = newton(head, objective.theta, tol, max_steps)
+    gradient = head.gradient(theta)
+    exact = float(np.linalg.norm(gradient))
+    step = float(np.linalg.norm(_newton_direction(head, theta, gradient, {}, 1e-2)))
     objective.theta = theta
     norm = float(np.linalg.norm(head.gradient(objective.theta)))
-    return Fit(norm, steps, head.loss(objective.theta), norm <= max(tol, 1e-10))
+    settled = step <= 1e-3 * max(1.0, np.linalg.norm(theta))
+    converged = exact <= max(tol, 1e-10) and settled
+    return Fit(norm, steps, head.loss(objective.theta), bool(converged), exact, step)
 
 
 def newton(head, theta, tol, max_steps, **left_out):
@@ -88,10 +113,21 @@ def newton(head, theta, tol, max_steps, **left_out):
 def _newton_direction(head, theta, gradient, left_out, rtol):
     """Return H^-1 g: by Cholesky, or for many parameters by CG to a relative residual of rtol."""
     if len(theta) <= DENSE_FIT:
-        return Cholesky(head.hessian(theta, **left_out)).solve(gradient)
+        return _factor(head, head.hessian(theta, **left_out)).solve(gradient)
     product, p = head.product(theta, **left_out), len(theta)
     operator = scipy.sparse.linalg.LinearOperator((p, p), product, dtype=np.float64)
     return scipy.sparse.linalg.cg(operator, gradient, rtol=rtol)[0]
+
+
+def _factor(head, matrix):
+    """Return a Cholesky factor of a Hessian, with the flat directions filled up.
+
+    No gradient has a component along them, so that no solution gets one.
+    """
+    flat = head.flat
+    return Cholesky(
+        matrix + np.abs(np.diag(matrix)).mean() * flat @ flat.T if flat.size else matrix
+    )
 
 
 def _armijo(head, theta, loss, direction, decrease, left_out):
@@ -110,6 +146,7 @@ class Removals:
 
     Attributes
     ----------
+    gradient_norms : of the refits that `exact` or `exact_groups` returned last, (k,).
     leverage : (n,) largest eigenvalue of (w_i/n) A_i phi_i' K^-1 phi_i, in [0, 1): first-order
         predictions understate the effect of a point by about 1/(1 - leverage).
     """
@@ -119,7 +156,8 @@ class Removals:
         head, self.theta = self.head, objective.theta
         k = head.hessian(self.theta)
         k[np.diag_indices_from(k)] -= head.decay / head.n
-        self.factor = Cholesky(k)
+        self.factor, self.gradient_norms = _factor(head, k), np.zeros(0)
+        checks.curvature(objective)
         self.outputs = head.outputs(head.phi, self.theta)
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
         self.curvature = head.curvatures(head.y, self.outputs) * head.weight[:, None, None]
@@ -189,7 +227,7 @@ class Removals:
 
     def newton_steps(self, rows):
         """Return theta_-i - theta by one Newton step on the left-out objective, (p, k)."""
-        rows = np.asarray(rows)
+        rows = checks.rows(rows, self.head.n)
         return self._newton_steps(rows, self._pieces(rows))
 
     def _newton_steps(self, rows, pieces):
@@ -203,7 +241,8 @@ class Removals:
         one output every shift of every test output comes from one GEMM: no solve a point.
         """
         head, every = self.head, rows is None
-        rows = np.arange(head.n) if every else np.asarray(rows)
+        rows = np.arange(head.n) if every else checks.rows(rows, head.n)
+        x_test, y_test = self.objective.examples(x_test, y_test)
         phi = head.features(x_test, y_test)
         base = head.outputs(phi, self.theta)
         if head.c == 1:
@@ -233,15 +272,31 @@ class Removals:
         checkpoint : what `runtime.checkpoint(folder)` returned: finished batches are kept there and
             an interrupted run goes on where it was.
         """
-        rows = np.asarray(rows)
+        rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
         head = self.head
         same = [self.theta, head.decay, head.phi.sum(0), head.y, head.weight, tol]
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
-        return np.concatenate(
-            [checkpoint([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar], axis=1
-        )
+        ends = [checkpoint([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar]
+        thetas = np.concatenate([np.zeros((len(self.theta), 0)), *ends], axis=1)
+        norms = [self._left_out_norms(end, part) for end, part in zip(ends, parts, strict=True)]
+        self._keep(np.concatenate([np.zeros(0), *norms]), tol)
+        return thetas
+
+    def _left_out_norms(self, thetas, rows):
+        return np.linalg.norm(self._left_out_gradient(thetas, rows), axis=0)
+
+    def _keep(self, norms, tol):
+        """Keep the gradient norms of refits, and warn of those above the tolerance."""
+        self.gradient_norms = norms
+        missed = int((norms > tol).sum())
+        if missed:
+            warnings.warn(
+                f"{missed} of {len(norms)} refits did not reach the gradient norm {tol:.0e}: the "
+                f"largest is {norms.max():.1e} (Removals.gradient_norms has all).",
+                stacklevel=3,
+            )
 
     def group_newton_step(self, rows):
         """Return theta_-G - theta by one Newton step on the objective without a group, (p,)."""
@@ -250,15 +305,22 @@ class Removals:
         return -_newton_direction(self.head, self.theta, gradient, left_out, 1e-10)
 
     def exact_groups(self, groups, *, tol=1e-10):
-        """Return theta_-G, the exact refit without each group of training points, (p, groups)."""
-        bar = tqdm(groups, desc="leave-group-out refits", unit="group", leave=False)
-        refits = [newton(self.head, self.theta, tol, 100, **self._without(g))[0] for g in bar]
+        """Return theta_-G, the exact refit without each group of training points, (p, groups).
+
+        A group is numbers of training points, or a boolean mask (n,); a point counts once.
+        """
+        left_out = [self._without(g) for g in groups]
+        bar = tqdm(left_out, desc="leave-group-out refits", unit="group", leave=False)
+        refits = [newton(self.head, self.theta, tol, 100, **left)[0] for left in bar]
+        pairs = zip(refits, left_out, strict=True)
+        norms = [np.linalg.norm(self.head.gradient(theta, **left)) for theta, left in pairs]
+        self._keep(np.array(norms), tol)
         return np.stack(refits, axis=1)
 
     def _without(self, rows):
-        weight = self.head.weight.copy()
+        rows, weight = checks.group(rows, self.head.n), self.head.weight.copy()
         weight[rows] = 0.0
-        return {"weight": weight, "n": self.head.n - len(np.atleast_1d(rows))}
+        return {"weight": weight, "n": self.head.n - len(rows)}
 
     def _exact(self, rows, tol, max_steps):
         head, pieces = self.head, self._pieces(rows)
@@ -295,6 +357,7 @@ class Removals:
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for refits (p, k), (m, k) nats."""
+        x_test, y_test = self.objective.examples(x_test, y_test)
         phi = self.head.features(x_test, y_test)
         base = self.head.losses(y_test, self.head.outputs(phi, self.theta))
         return self.head.losses(y_test, self.head.outputs(phi, thetas)) - base[:, None]

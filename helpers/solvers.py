@@ -5,6 +5,7 @@ Right-hand sides are columns, (p,) or (p, k). The residual of a certificate is t
 b - (H + damping I) x from a fresh product at the end, subtracted and normed in float64.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import numpy as np
 import scipy.linalg
 import scipy.linalg.blas
 import tensorflow as tf
+
+from helpers import checks
 
 
 class Solution(NamedTuple):
@@ -24,7 +27,9 @@ class Solution(NamedTuple):
     H + damping I, exact for `eigh`, estimates from inside the spectrum (lambda_min from above,
     lambda_max from below) for plain CG, else NaN;
     history : (steps + 1, k), CG's own running relative residuals from the start on, NaN in a
-    restart without the column; else empty.
+    restart without the column; else empty; floor : about the relative residual that rounding in the
+    products' dtype leaves whatever the solver does, NaN where it is not known; derivatives : what
+    the probe of the objective's derivatives found, in words.
     """
 
     x: np.ndarray
@@ -38,6 +43,13 @@ class Solution(NamedTuple):
     method: str
     dtype: str
     history: np.ndarray
+    floor: float = np.nan
+    derivatives: str = ""
+
+    def warn_unless_solved(self, stacklevel=3):
+        """Warn, for whoever uses x without printing this, where it does not solve the system."""
+        if not self.converged.all():
+            warnings.warn(f"A solution that is none is used. {self}", stacklevel=stacklevel)
 
     def __str__(self):
         good, k = int(self.converged.sum()), len(self.converged)
@@ -58,6 +70,13 @@ class Solution(NamedTuple):
             )
         elif good < k:
             text += "; NOT CONVERGED: allow more steps, raise rtol, or add damping"
+            if self.dtype == "float32" and self.floor > 1e-6:
+                text += (
+                    f". Rounding of float32 products alone leaves about {self.floor:.0e}: build "
+                    "the model in float64"
+                )
+        if self.derivatives and not self.derivatives.startswith("derivatives checked"):
+            text += f"; {self.derivatives}"
         return text + "."
 
 
@@ -75,11 +94,17 @@ def columns_of(b):
 
 def certify(matvec, b, x, single, *, rtol, damping, method, **known):
     """Return a Solution: what is `known` about the solve, completed by its true residual."""
-    residual = np.linalg.norm(b - np.asarray(matvec(x), np.float64), axis=0)
-    norms, k = np.linalg.norm(b, axis=0), b.shape[1]
+    damping, rtol = checks.number("damping", damping), checks.number("rtol", rtol)
+    size = np.abs(b).max(0, initial=0)
+    size[size == 0] = 1.0  # squares of 1e-170 would be zero
+    residual = np.linalg.norm(b / size - np.asarray(matvec(x / size), np.float64), axis=0)
+    norms, k = np.linalg.norm(b / size, axis=0), b.shape[1]
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
     negative = known.get("negative", np.zeros(k, bool))
     low, high = known.get("spectrum", (np.nan, np.nan))
+    dtype, largest = known.get("dtype", "float64"), known.get("largest", high)
+    grown = np.linalg.norm(x / size, axis=0)[norms > 0] / norms[norms > 0]
+    floor = np.finfo(dtype).eps * largest * grown.max(initial=0)
     return Solution(
         x=x[:, 0] if single else x,
         relative_residual=relative,
@@ -90,8 +115,9 @@ def certify(matvec, b, x, single, *, rtol, damping, method, **known):
         lambda_max=float(high),
         damping=float(damping),
         method=method,
-        dtype=known.get("dtype", "float64"),
+        dtype=dtype,
         history=known.get("history", np.zeros((0, k))),
+        floor=float(floor),
     )
 
 
@@ -143,40 +169,42 @@ def damped(matrix, damping):
     return matrix
 
 
-def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8):
+def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8, product=None, dtype="float64"):
     """Return the solution of (A + damping I) x = b by one Cholesky factorisation.
 
-    matrix : A (p, p), symmetric; b : (p,) or (p, k). Raises LinAlgError where A + damping I is not
-    positive definite.
+    matrix : A (p, p), symmetric; b : (p,) or (p, k). product : X -> (A + damping I) X, what the
+    certificate is taken of where the matrix was rounded, in `dtype`; by default the matrix. Raises
+    LinAlgError where A + damping I is not positive definite.
     """
-    b, single = columns_of(b)
+    damping, (b, single) = checks.number("damping", damping), columns_of(b)
     a = damped(matrix, damping)
     x = Cholesky(a).solve(b)
-    return certify(a.__matmul__, b, x, single, rtol=rtol, damping=damping, method="Cholesky")
+    known = {"method": "Cholesky", "dtype": dtype, "largest": np.abs(a).sum(0).max()}
+    return certify(product or a.__matmul__, b, x, single, rtol=rtol, damping=damping, **known)
 
 
-def solve_eigh(matrix, b, dampings, *, rtol=1e-8):
+def solve_eigh(matrix, b, dampings, *, rtol=1e-8, product=None, dtype="float64"):
     """Return one Solution a damping from a single eigendecomposition: every damping for free.
 
     x = Q (Lambda + damping I)^-1 Q' b. Negative eigenvalues are no obstacle to the formula; the
-    certificate reports them.
+    certificate reports them. product : X -> A X, what certificates are taken of, in `dtype`.
     """
     b, single = columns_of(b)
+    dampings = [checks.number("damping", damping) for damping in np.atleast_1d(dampings)]
     values, q = scipy.linalg.eigh(matrix)
     projected = q.T @ b
     solutions = []
-    for damping in np.atleast_1d(dampings):
+    for damping in dampings:
         shifted = values + damping
         known = {
             "negative": np.full(b.shape[1], shifted[0] <= 0),
             "spectrum": (shifted[0], shifted[-1]),
+            "dtype": dtype,
         }
         inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=shifted != 0)
         x = q @ (projected * inverse[:, None])
-        product = partial(_damped_product, matrix, damping)
-        solution = certify(
-            product, b, x, single, rtol=rtol, damping=damping, method="eigh", **known
-        )
+        whole = partial(_damped_product, product or matrix.__matmul__, damping)
+        solution = certify(whole, b, x, single, rtol=rtol, damping=damping, method="eigh", **known)
         solutions.append(solution)
     return solutions
 
@@ -195,8 +223,8 @@ class Preconditioner(NamedTuple):
         return self.function(r, *self.arrays)
 
 
-def _damped_product(matrix, damping, x):
-    return matrix @ x + damping * x
+def _damped_product(product, damping, x):
+    return product(x) + damping * x
 
 
 def conjugate_gradient(
@@ -231,8 +259,11 @@ def conjugate_gradient(
         positive definite
     compiled : a dict that keeps the traced loop for the next call with the same product
     """
+    damping, rtol = checks.number("damping", damping), checks.number("rtol", rtol)
     b, single = columns_of(b)
-    shift, compiled = tf.constant(float(damping), tf.float64), {} if compiled is None else compiled
+    size = np.abs(b).max(0, initial=0)
+    b = b / np.where(size > 0, size, 1)
+    shift, compiled = tf.constant(damping, tf.float64), {} if compiled is None else compiled
     matvec = in_float64(product, dtype, compiled)
     if not isinstance(precondition, Preconditioner):
         precondition = Preconditioner(precondition or unchanged)
@@ -268,6 +299,7 @@ def conjugate_gradient(
         rhs = residual * missed
     known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
     method = "CG" if b.shape[1] == 1 else "block CG"
+    b, x = b * size, x * size
     return certify(fresh, b, x, single, rtol=rtol, damping=damping, method=method, **known)
 
 

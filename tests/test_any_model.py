@@ -1,6 +1,8 @@
 """The same calls on every kind of Keras model, each against the same oracle.
 
-The oracle is finite differences of the gradient, and the definition of an influence.
+The oracle is finite differences of the gradient, and the definition of an influence. At the end, a
+table of what was tried: architecture x loss x end of the model, against differences of Keras's own
+evaluation of the loss in float64 and dense solves.
 """
 
 import contextlib
@@ -191,7 +193,7 @@ def test_second_derivatives_of_normalisation_layers(monkeypatch):
     slope = (up - curvature.loss_gradient(objective)) / (2 * step)
     objective.theta = theta
     np.testing.assert_allclose(curvature.hvp(objective, v), slope, atol=1e-7)
-    monkeypatch.setattr("helpers.objective.exact_moments", contextlib.nullcontext)
+    monkeypatch.setattr("helpers.keras_facts.exact_derivatives", contextlib.nullcontext)
     objective.compiled.clear()
     wrong = curvature.hvp(objective, v)
     assert np.linalg.norm(wrong - slope) > 0.01 * np.linalg.norm(slope)
@@ -225,3 +227,164 @@ def test_a_path_that_fails_the_guard_is_not_used(monkeypatch):
         got = curvature.per_example_gradients(objective, x, y)
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
     assert not objective.compiled["XLA agrees"]
+
+
+# -------------------------------------------------------------------- what was tried
+
+OWN = np.random.default_rng(1)
+TOKENS = np.array([[1, 2, 3, 0], [4, 2, 0, 0], [5, 1, 2, 3], [2, 0, 0, 0]] * 3)
+BODIES = {  # input shape, dtype, layers below the end, x
+    "dense": ((4,), None, lambda: [layers.Dense(3, "softsign")], OWN.normal(size=(12, 4))),
+    "pictures": (
+        (5, 5, 1),
+        None,
+        lambda: [
+            layers.Conv2D(2, 2, activation="tanh"),
+            layers.UpSampling2D(2, interpolation="bilinear"),
+            layers.GlobalAveragePooling2D(),
+        ],
+        OWN.normal(size=(12, 5, 5, 1)),
+    ),
+    "masked steps": (
+        (4,),
+        "int32",
+        lambda: [layers.Embedding(6, 2, mask_zero=True), layers.SimpleRNN(2, unroll=True)],
+        TOKENS,
+    ),
+    "a label a step": (
+        (4,),
+        "int32",
+        lambda: [
+            layers.Embedding(6, 2, mask_zero=True),
+            layers.SimpleRNN(2, return_sequences=True, unroll=True),
+        ],
+        TOKENS,
+    ),
+}
+CLASSES, STEPS = OWN.integers(0, 3, 12), OWN.integers(0, 3, (12, 4))
+
+
+class WeightedSquares(keras.losses.Loss):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, y, p):
+        return self.factor * keras.ops.mean(keras.ops.square(y - p), axis=-1)
+
+
+def tilted(y, p):
+    return keras.ops.mean(keras.ops.logaddexp(2.0 * (y - p), p - y), axis=-1)
+
+
+def sparse(from_logits=True, **options):
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits, **options)
+
+
+def soft(y):
+    return np.eye(3)[y] * OWN.uniform(0.3, 1.5, (*y.shape, 1))
+
+
+TABLE = {  # last layers, loss, labels from class numbers
+    "logits": (lambda: [layers.Dense(3)], sparse, lambda y: y),
+    "softmax in Dense": (lambda: [layers.Dense(3, "softmax")], "crossentropy", lambda y: y),
+    "softmax in Activation": (
+        lambda: [layers.Dense(3), layers.Activation("softmax")],
+        lambda: sparse(False),
+        lambda y: y,
+    ),
+    "softmax in a nested model": (
+        lambda: [keras.Sequential([layers.Dense(3, "softmax")])],
+        lambda: sparse(False),
+        lambda y: y,
+    ),
+    "a class ignored": (lambda: [layers.Dense(3)], lambda: sparse(ignore_class=0), lambda y: y),
+    "labels that do not sum to one": (
+        lambda: [layers.Dense(3)],
+        lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+        soft,
+    ),
+    "smoothed labels": (
+        lambda: [layers.Dense(3, "softmax")],
+        lambda: keras.losses.CategoricalCrossentropy(label_smoothing=0.2),
+        lambda y: np.eye(3)[y],
+    ),
+    "sigmoid, several labels": (
+        lambda: [layers.Dense(3), layers.Activation("sigmoid")],
+        keras.losses.BinaryCrossentropy,
+        lambda y: np.eye(3)[y],
+    ),
+    "squares of a sigmoid": (lambda: [layers.Dense(3, "sigmoid")], "mse", lambda y: np.eye(3)[y]),
+    "Huber, delta 3": (
+        lambda: [layers.Dense(1)],
+        lambda: keras.losses.Huber(delta=3.0),
+        lambda y: 4.0 * y[..., None],
+    ),
+    "a class of one's own": (
+        lambda: [layers.Dense(1)],
+        lambda: WeightedSquares(2.5),
+        lambda y: y[..., None] - 0.7,
+    ),
+    "a plain function": (lambda: [layers.Dense(1)], lambda: tilted, lambda y: y),
+}
+SOME = {"logits", "softmax in Activation", "a class ignored", "labels that do not sum to one"}
+TRIED = {
+    "dense": TABLE,
+    "pictures": {*SOME, "softmax in a nested model", "sigmoid, several labels", "Huber, delta 3"},
+    "masked steps": SOME,
+    "a label a step": SOME,
+}
+
+
+@pytest.mark.parametrize(("body", "end"), [(b, e) for b in BODIES for e in TABLE if e in TRIED[b]])
+def test_what_was_tried(body, end):
+    shape, dtype, below, x = BODIES[body]
+    last, loss, labels = TABLE[end]
+    keras.utils.set_random_seed(2)
+    model = keras.Sequential([keras.Input(shape, dtype=dtype), *below(), *last()])
+    loss = loss if isinstance(loss, str) else loss()
+    y = labels(STEPS if body == "a label a step" else CLASSES)
+    model.compile(loss=loss)
+    objective = Objective(model, None, x, y, weight_decay=0.1)
+    evaluate, theta, p = Evaluation(model, x, y), objective.theta, objective.p
+    assert objective.training_loss() == pytest.approx(
+        evaluate() + objective.regulariser(), rel=1e-6
+    )
+    v = np.random.default_rng(5).normal(size=p)
+    v /= np.linalg.norm(v)
+
+    def at(h):
+        objective.theta = theta + h * v
+        return evaluate() + objective.regulariser()
+
+    e = 1e-3
+    five = {k: at(k * e) for k in (-2, -1, 0, 1, 2)}
+    objective.theta = theta
+    slope = (8 * (five[1] - five[-1]) - (five[2] - five[-2])) / (12 * e)
+    bend = (16 * (five[1] + five[-1]) - (five[2] + five[-2]) - 30 * five[0]) / (12 * e**2)
+    product = curvature.hvp(objective, v)
+    assert curvature.loss_gradient(objective) @ v == pytest.approx(slope, abs=1e-7)
+    assert v @ product == pytest.approx(bend, abs=1e-5)
+    g = curvature.dense_gauss_newton(objective)
+    np.testing.assert_allclose(g @ v, curvature.gauss_newton_product(objective, v), atol=1e-10)
+    assert np.linalg.eigvalsh(g)[0] > -1e-10  # every loss of the table is convex in its outputs
+    assert objective.derivatives.checked
+
+
+def test_the_page_of_what_was_tried_is_this_table():
+    page = Path(__file__).parent.parent / "docs" / "tried.md"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text(encoding="utf-8").splitlines()]
+    printed = {row[0]: row[1:] for row in rows if row[0] in TABLE}
+    assert printed == {e: ["yes" if e in TRIED[b] else "-" for b in BODIES] for e in TABLE}
+
+
+class Evaluation:
+    """Keras's own evaluation of a compiled model in one batch."""
+
+    def __init__(self, model, x, y):
+        self.model, self.x = model, x
+        self.y = keras.ops.convert_to_tensor(y)
+
+    def __call__(self):
+        predictions = self.model(self.x, training=False)
+        return float(self.model.compute_loss(self.x, self.y, predictions, training=False))

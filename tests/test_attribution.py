@@ -26,7 +26,9 @@ def dense_ekfac(objective, factors, damping):
     columns of V, it is S^-1 (V diag(V' S G S V) V' + I) S^-1, layer by layer.
     """
     x, y, weight = objective.gather(np.arange(objective.n))
-    u = curvature.curvature_factors(objective, x, y) * np.sqrt(weight.numpy())[:, None, None]
+    u, signs = curvature.curvature_factors(objective, x, y)
+    assert signs.min() >= 0
+    u *= np.sqrt(weight.numpy())[:, None, None]
     g = np.einsum("npc,nqc->pq", u, u) / objective.n
     s, out, start = np.sqrt(objective.decay + damping), np.zeros_like(g), 0
     for a, b in factors:

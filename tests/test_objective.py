@@ -26,12 +26,20 @@ def test_labels_of_shape_n_are_not_broadcast_against_predictions_of_shape_n_1():
     np.testing.assert_allclose(objective.losses(X, Y), column.losses(X, Y[:, None]))
 
 
-def test_a_callable_that_broadcasts_is_refused():
-    def squared(y, prediction):
-        return (keras.ops.cast(y, "float64") - prediction) ** 2
+def test_a_function_gets_the_wrapper_that_compile_gives_it():
+    """Labels (n,) stand against predictions (n, 1), and whole numbers are cast."""
 
-    with pytest.raises(ValueError, match=r"Give y the shape \(n, 1\)"):
-        Objective(dense(), squared, X, Y)
+    def pinball(y, prediction):
+        gap = y - prediction
+        return keras.ops.mean(keras.ops.maximum(0.9 * gap, -0.1 * gap), axis=-1)
+
+    model = dense()
+    gap = Y - np.asarray(model(X))[:, 0]
+    expected = np.maximum(0.9 * gap, -0.1 * gap)
+    np.testing.assert_allclose(Objective(model, pinball, X, Y).losses(X, Y), expected, rtol=1e-12)
+    model.compile(loss=pinball)
+    objective = Objective(model, None, X, Y[:, None])
+    np.testing.assert_allclose(objective.training_loss(), model.evaluate(X, Y, verbose=0))
 
 
 def test_a_loss_averaged_over_examples_is_refused():

@@ -1,0 +1,445 @@
+"""What is known here of the insides of Keras and TensorFlow: no other module relies on them.
+
+Each fact has a test in `tests/test_keras_facts.py` that fails when an upgrade changes it.
+"""
+
+import re
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.losses.loss import squeeze_or_expand_to_same_rank
+from keras.src.trainers.compile_utils import get_loss
+
+losses = keras.losses
+SPARSE = {losses.sparse_categorical_crossentropy}
+BINARY = {losses.binary_crossentropy, losses.binary_focal_crossentropy}
+OF_LOGITS = SPARSE | {losses.binary_crossentropy, losses.categorical_crossentropy}
+ELEMENTWISE = {  # losses that compare labels and predictions entry by entry
+    *(losses.categorical_crossentropy, losses.categorical_focal_crossentropy, losses.huber),
+    *(losses.mean_squared_error, losses.mean_absolute_error, losses.mean_squared_logarithmic_error),
+    *(losses.mean_absolute_percentage_error, losses.log_cosh, losses.poisson, losses.kl_divergence),
+    *(losses.hinge, losses.squared_hinge, losses.categorical_hinge, losses.cosine_similarity),
+    *BINARY,
+}
+
+# ------------------------------------------------------------------ derivatives
+
+
+@contextmanager
+def exact_derivatives():
+    """Let TensorFlow differentiate four functions twice, inside this block only.
+
+    Their values stay; what is registered as their derivatives is not the derivative of them:
+    `moments` stops the gradient of the mean inside the variance, which no first derivative sees;
+    `softmax_cross_entropy_with_logits` has p - y, right for labels that sum to one; resized images
+    and `softsign` have a first derivative and none, or zero, as the second.
+    """
+    places = {
+        (tf.nn, "moments"): _moments,
+        (tf.nn, "softmax_cross_entropy_with_logits"): _softmax_cross_entropy,
+        (tf.nn, "softsign"): _softsign,
+        (tf.image, "resize"): partial(_resize, tf.image.resize),
+    }
+    originals = {place: getattr(*place) for place in places}
+    if originals[tf.nn, "moments"] is _moments:  # a block inside another
+        yield
+        return
+    for place, function in places.items():
+        setattr(*place, function)
+    try:
+        yield
+    finally:
+        for place, function in originals.items():
+            setattr(*place, function)
+
+
+def _moments(x, axes, shift=None, keepdims=False, name=None):
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
+    return (mean if keepdims else tf.squeeze(mean, axes)), variance
+
+
+def _softmax_cross_entropy(labels, logits, axis=-1, name=None):
+    labels = tf.cast(labels, logits.dtype)
+    return -tf.reduce_sum(labels * tf.nn.log_softmax(logits, axis), axis)
+
+
+def _softsign(x, name=None):
+    x = tf.convert_to_tensor(x)
+    return x / (1 + tf.abs(x))
+
+
+def _resize(original, images, size, method="bilinear", preserve_aspect_ratio=False, **options):
+    """Return resized images as M_h x M_w', with the matrices that the original's weights are."""
+    images = tf.convert_to_tensor(images)
+    old, new = images.shape[-3:-1], tf.get_static_value(tf.convert_to_tensor(size))
+    if preserve_aspect_ratio or new is None or None in old or not images.dtype.is_floating:
+        return original(images, size, method, preserve_aspect_ratio, **options)
+    antialias = options.get("antialias", False)
+    with tf.init_scope():
+        rows, columns = (
+            original(np.eye(a, dtype="float32")[:, :, None, None], (b, 1), method, False, antialias)
+            for a, b in zip(old, new, strict=True)
+        )
+        rows, columns = (np.asarray(m, "float64")[:, :, 0, 0] for m in (rows, columns))
+    rows, columns = tf.constant(rows, images.dtype), tf.constant(columns, images.dtype)
+    return tf.einsum("hp,...hwc,wq->...pqc", rows, images, columns)
+
+
+def resize_in_float64(model):
+    """Let a float64 model's own layers that resize pictures do so in float64, from now on.
+
+    TensorFlow resizes in float32 and rounds a float64 model's predictions to seven digits there.
+    """
+    for layer in model._flatten_layers():
+        kinds = (keras.layers.UpSampling2D, keras.layers.Resizing)
+        rounds = isinstance(layer, kinds) and layer.compute_dtype == "float64"
+        if rounds and not hasattr(layer.call, "exact"):
+            layer.call = _exactly(layer.call)
+
+
+def _exactly(call):
+    def exact(*args, **options):
+        with exact_derivatives():
+            return call(*args, **options)
+
+    exact.exact = True
+    return exact
+
+
+# ------------------------------------------------------------------ what hangs on a tensor
+
+
+def mask_of(tensor):
+    """Return the mask that Keras hangs on a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def with_mask(tensor, mask):
+    """Return the tensor with that mask hung on it."""
+    if mask is not None:
+        tensor._keras_mask = mask
+    return tensor
+
+
+def logits_of(predictions):
+    """Return what a last softmax or sigmoid was taken of, or None; layers may be anywhere.
+
+    Keras hangs it on the tensor; inside a graph the operation shows it.
+    """
+    found = getattr(predictions, "_keras_logits", None)
+    if found is None and not tf.executing_eagerly() and hasattr(predictions, "op"):
+        found = predictions.op.inputs[0] if predictions.op.type in ("Softmax", "Sigmoid") else None
+    return found
+
+
+def last_activation(predict, x):
+    """Return the activation by which x -> predictions ends above its logits, or None."""
+    hung = [False]
+
+    def both():
+        predictions = predict(x)
+        hung[0] = hasattr(predictions, "_keras_logits")
+        logits = logits_of(predictions)
+        return predictions, predictions if logits is None else logits, logits is not None
+
+    predictions, logits, found = tf.function(both, autograph=False).get_concrete_function()()
+    if not found or logits.shape != predictions.shape:
+        return None
+    kind = keras.activations if hung[0] else tf.nn  # Keras's losses tell them apart
+    axes = [-1, *range(1, len(logits.shape) - 1)]
+    for activation in (kind.sigmoid, *(partial(kind.softmax, axis=axis) for axis in axes)):
+        if np.allclose(activation(logits), predictions, rtol=1e-5, atol=1e-7):
+            return activation
+    return None
+
+
+# ------------------------------------------------------------------ losses
+
+
+def as_loss(loss, y, predictions):
+    """Return the keras.losses.Loss that `compile` makes of an object, a name or a function."""
+    if loss is None:
+        raise ValueError(
+            "Name a loss: Objective(model, keras.losses.…(), x, y), or compile the model with one."
+        )
+    if isinstance(loss, (list, tuple, dict)) and "class_name" not in loss:
+        several = keras.tree.flatten(loss)
+        if len(several) != 1:
+            raise ValueError("Several losses are not supported: bind one output and one loss.")
+        loss = several[0]
+    return get_loss(loss, y, predictions)
+
+
+def function_of(loss):
+    """Return the function that a Keras loss object wraps, or None for a class of the user's own."""
+    return getattr(loss, "fn", None) if isinstance(loss, losses.Loss) else None
+
+
+def loss_weight(model):
+    """Return the factor that `compile(loss_weights=...)` puts before the loss."""
+    compiled = getattr(model, "_compile_loss", None)
+    weights = keras.tree.flatten(getattr(compiled, "_user_loss_weights", None))
+    weights = [1.0 if w is None else float(w) for w in weights]
+    return weights[0] if weights else 1.0
+
+
+def unreduced(loss, y, predictions, dtype):
+    """Return the loss of each entry, (b, ...) in `dtype`, as Keras has it before it averages.
+
+    What Keras masks, a step of a sequence or an `ignore_class`, stands on it (`mask_of`).
+    """
+    mask, logits = mask_of(predictions), getattr(predictions, "_keras_logits", None)
+    cast = tf.cast(predictions, dtype)
+    if cast is not predictions and logits is not None:
+        cast._keras_logits = tf.cast(logits, dtype)
+    call = loss.call if type(loss).__call__ is losses.Loss.__call__ else loss
+    with _computing_in(loss, dtype), exact_derivatives():
+        values = tf.convert_to_tensor(call(tf.cast(y, dtype), with_mask(cast, mask)))
+    own = mask_of(values)
+    masks = [tf.cast(m, bool) for m in (mask, own) if m is not None]
+    values = tf.cast(values, dtype)
+    if not masks:
+        return values
+    mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+    values, mask = squeeze_or_expand_to_same_rank(values, mask)
+    if len(values.shape) != len(mask.shape):
+        raise ValueError(
+            f"The loss has shape {tuple(values.shape)} and the mask {tuple(mask.shape)}: Keras "
+            "multiplies one by the other. Let the loss keep an entry a step, or drop the mask."
+        )
+    return with_mask(values, mask)
+
+
+def both_means(loss, y, predictions, values, k, dtype):
+    """Return the mean of k examples' own `values` that count, and Keras's own evaluation of them.
+
+    values : what `unreduced` returned for all of y and predictions.
+    """
+    mask = mask_of(values)
+    own = values[:k].numpy() if mask is None else values[:k].numpy()[mask[:k].numpy()]
+    some = with_mask(tf.identity(predictions[:k]), _first(mask_of(predictions), k))
+    logits = getattr(predictions, "_keras_logits", None)
+    if logits is not None:
+        some._keras_logits = logits[:k]
+    with _computing_in(loss, dtype):
+        some_of = tf.cast(some, dtype)
+        for name in ("_keras_mask", "_keras_logits"):
+            if hasattr(some, name):
+                value = getattr(some, name)
+                setattr(some_of, name, value if name == "_keras_mask" else tf.cast(value, dtype))
+        by_keras = loss(y[:k], some_of)
+    return float(own.mean()) if own.size else 0.0, float(tf.reduce_mean(by_keras))
+
+
+def _first(tensor, k):
+    return None if tensor is None else tensor[:k]
+
+
+@contextmanager
+def _computing_in(loss, dtype):
+    """Let a loss object, and those it holds, compute in `dtype` and not in Keras's floatx."""
+    every = list(_objects_in(loss))
+    before = [each._dtype for each in every]
+    for each in every:
+        each._dtype = dtype
+    try:
+        yield
+    finally:
+        for each, old in zip(every, before, strict=True):
+            each._dtype = old
+
+
+def _objects_in(loss):
+    if isinstance(loss, losses.Loss):
+        yield loss
+        for value in vars(loss).values():
+            yield from _objects_in(value)
+
+
+# ------------------------------------------------------------------ layers
+
+
+@contextmanager
+def tapped(layers, seen):
+    """Let layers report (input, output before and after the activation) while a model is called."""
+
+    def tap(layer, call):
+        def reported(inputs, *more, **options):
+            activation = None
+            if type(layer) in (keras.layers.Dense, keras.layers.Conv2D):
+                activation, layer.activation = layer.activation, None
+            try:
+                outputs = call(inputs, *more, **options)
+            finally:
+                if activation is not None:
+                    layer.activation = activation
+            after = outputs if activation is None else activation(outputs)
+            seen.setdefault(layer, []).append((inputs, outputs, after))
+            return after
+
+        return reported
+
+    before = [vars(layer).get("call") for layer in layers]
+    for layer in layers:
+        layer.call = tap(layer, layer.call)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            del layer.call
+            if call is not None:
+                layer.call = call
+
+
+def outermost_layers(model):
+    """Return the layers of a model, those of the models inside it, and none inside a layer."""
+    found = []
+    for layer in model._flatten_layers(include_self=False, recursive=False):
+        found += outermost_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return list({id(la): la for la in found}.values())
+
+
+class End(NamedTuple):
+    """A Dense layer that ends a model: the layer, what its outputs go through, and its features.
+
+    own : whether the layer's own activation is the last one (else one after it may be).
+    direct : whether the model's input itself are the features, but for a cast.
+    """
+
+    dense: keras.layers.Dense
+    own: bool
+    direct: bool
+
+
+def end_of(model, x, variables):
+    """Return the End whose kernel (and bias) the variables are, or None.
+
+    None too where something else uses the same variables, or where more than a softmax or sigmoid
+    stands above the layer: then its outputs are not linear in them.
+    """
+    own = [id(v) for v in variables]
+    for dense in outermost_layers(model):
+        plain = type(dense) is keras.layers.Dense and dense.built and not dense.quantization_mode
+        mine = (dense._kernel, dense.bias) if plain and not dense.lora_enabled else ()
+        if [id(v) for v in mine if v is not None] == own:
+            break
+    else:
+        return None
+    found = [None]
+
+    def call(x):
+        seen = {}
+        with tf.GradientTape() as tape, tapped([dense], seen), exact_derivatives():
+            predictions = _tensors(model(x, training=False))[0]
+        calls = seen.get(dense, [])
+        if len(calls) == 1 and len(calls[0][0].shape) == 2 and mask_of(predictions) is None:
+            features, before, after = calls[0]
+            tied = tape.gradient(features, [v.value for v in variables])
+            linear = before is logits_of(predictions) and before is after
+            if all(g is None for g in tied) and (after is predictions or linear):
+                while features.op.type in ("Cast", "Identity"):  # to the type of a keras.Input
+                    features = features.op.inputs[0]
+                direct = features is keras.tree.flatten(x)[0]
+                found[0] = End(dense, after is predictions, direct)
+        return predictions
+
+    tf.function(call, autograph=False).get_concrete_function(x)
+    return found[0]
+
+
+def features_of(model, dense, x):
+    """Return what a Dense layer is given when the model is called with x, (b, d)."""
+    seen = {}
+    with tapped([dense], seen), exact_derivatives():
+        model(x, training=False)
+    return seen[dense][0][0]
+
+
+def last_layer(model, x):
+    """Return the layer with parameters that the predictions of x come from, walking back to it."""
+    layers, found = [la for la in outermost_layers(model) if la.trainable_variables], []
+
+    def walk(x):
+        seen = {}
+        with tapped(layers, seen):
+            predictions = model(x, training=False)
+        made = {t.ref(): la for la, calls in seen.items() for _, o, _ in calls for t in _tensors(o)}
+        left, known = [t.ref() for t in _tensors(predictions)], set()
+        while left:
+            tensor = left.pop()
+            if tensor in known:
+                continue
+            known.add(tensor)
+            if tensor in made:
+                found.append(made[tensor])
+            elif tensor.deref().dtype == tf.resource:
+                found.append(None)  # a variable that no layer in between owns
+            else:
+                left += [t.ref() for t in tensor.deref().op.inputs]
+        return predictions
+
+    tf.function(walk, autograph=False).get_concrete_function(x)
+    unique = list({id(la): la for la in found}.values())
+    own = [v for v in unique if v is None]
+    if len(unique) != 1 or own:
+        names = [la.name for la in unique if la is not None]
+        raise ValueError(
+            f"The last layer is not clear: the predictions come from {names or 'no layer'}"
+            f"{' and from variables besides' if own else ''}. Name the layers, "
+            "parameters=[...]."
+        )
+    return unique[0]
+
+
+def _tensors(structure):
+    return [t for t in keras.tree.flatten(structure) if tf.is_tensor(t)]
+
+
+def is_kernel(variable):
+    """Return whether a variable multiplies inputs: rank two or more, no bias, scale or offset."""
+    added = r"(.*_)?(bias|b|gamma|beta|alpha|scale|offset|shift)\d*(_\d+)?"
+    return len(variable.shape) >= 2 and not re.fullmatch(added, variable.name.lower())
+
+
+def declared_inputs(model):
+    """Return the inputs a Sequential or functional model declares, as it nests them, or None."""
+    return getattr(getattr(model, "_functional", model), "_inputs_struct", None)
+
+
+def in_float64(model, x):
+    """Return a copy of the model that computes in float64, or None where none can be made."""
+
+    def widened(config):
+        if isinstance(config, dict):
+            return {k: widened(v) for k, v in config.items()}
+        if isinstance(config, (list, tuple)):
+            return type(config)(widened(v) for v in config)
+        return "float64" if config == "float32" else config
+
+    def copied(layer):
+        if type(layer) is keras.layers.Lambda:  # it may be saved only where that is allowed
+            known = {"output_shape": layer._output_shape, "arguments": layer.arguments}
+            known["name"] = layer.name
+            return keras.layers.Lambda(layer.function, dtype="float64", **known)
+        return type(layer).from_config(widened(layer.get_config()))
+
+    floatx = keras.config.floatx()
+    with suppress(Exception):  # any layer of the user's may refuse to be rebuilt
+        keras.config.set_floatx("float64")
+        try:
+            copy = keras.models.clone_model(model, clone_function=copied)
+            if not copy.built:
+                copy(x, training=False)
+            copy.set_weights(model.get_weights())
+            same = [np.asarray(_tensors(m(x, training=False))[0]) for m in (copy, model)]
+        finally:
+            keras.config.set_floatx(floatx)
+        alike = np.allclose(*same, rtol=1e-3, atol=1e-4 * np.abs(same[1]).max(initial=0))
+        if alike and {v.dtype for v in copy.trainable_variables} == {"float64"}:
+            return copy
+    return None
