@@ -2,7 +2,7 @@
 
 Layers, top to bottom; an import may only point down:
 
-    studies         corruptions, vehicles
+    vehicles        the thesis's two classes, their features and their head
     mathematics     attribution, influence, many_fits, retraining, network_retraining,
                     approximations, solvers, spectrum, curvature, objective, head,
                     checks, keras_facts

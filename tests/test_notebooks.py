@@ -125,7 +125,7 @@ def test_the_floors_of_the_house():
 
 def test_imports_between_helpers_only_point_down():
     layers = [
-        {"corruptions", "vehicles"},
+        {"vehicles"},
         {"many_fits"},
         {"attribution", "influence", "retraining", "network_retraining"},
         {"approximations"},
