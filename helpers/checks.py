@@ -301,6 +301,7 @@ def _verdict(probe, dtype):
     except LookupError:  # an operation without a registered second derivative
         value, gradient = probe.at(0.0)
     along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
+    faint = 10 * np.finfo(dtype).eps * np.linalg.norm(gradient) / STEPS[dtype][0]
     slopes, bends = [], []
     for h in STEPS[dtype]:
         up, up_g = probe.at(h)
@@ -311,7 +312,8 @@ def _verdict(probe, dtype):
         right = abs(along - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
         if right and product is None:
             return "curvature", False
-        if right and _apart(product, bends[-1]) <= tol:
+        alike = right and _apart(product, bends[-1]) <= tol
+        if alike or (right and np.linalg.norm(product - bends[-1]) <= faint):
             return "right", not product.any()
     if not right:
         settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, SOFTMAX
 
-from helpers import checks, curvature, influence, retraining, solvers
+from helpers import checks, curvature, influence, models, retraining, solvers
 from helpers.objective import Objective
 
 layers, losses = keras.layers, keras.losses
@@ -298,6 +298,16 @@ def test_no_false_alarm(name, policy):
     assert objective.derivatives.checked, objective.derivatives.words
     assert not objective.derivatives.by_differences
     np.testing.assert_array_equal(objective.theta, theta)  # the probe moved it and put it back
+
+
+@pytest.mark.parametrize("t", [1.0, 0.03, 0.001])
+def test_no_false_alarm_where_the_curvature_is_below_rounding(t):
+    """A smooth hinge far from its bend: exp(-1/t) of the slope, which differences can not show."""
+    model = models.linear_head(4)
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    objective = Objective(model, models.smooth_hinge(t), x, np.sign(x[:, 0]), weight_decay=0.1)
+    assert objective.head is not None
+    assert objective.derivatives.words.startswith("derivatives checked on")
 
 
 def test_the_usual_probe_is_short(monkeypatch):
