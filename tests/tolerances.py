@@ -28,7 +28,7 @@ class Tolerance(NamedTuple):
 TABLE = [
     Tolerance(
         "steps of a solver",
-        r"03/(CG|fewer|\w+_saves_steps)|14/CG$",
+        r"03/(CG|LiSSA|fewer|five|cg_error|\w+_saves_steps)|14/CG$",
         relative=0.15,
         absolute=0,
         whole=0.15,
