@@ -55,7 +55,7 @@ site: .venv/ready  ## notebooks, figures and the API of `helpers` as a static si
 	@echo "open runs/site/index.html"
 
 backbone: .venv/ready  ## train the demo's feature network again
-	$(BIN)/python -m helpers.backbone
+	PYTHONPATH=.:notebooks $(BIN)/python -m support.backbone
 
 # Peers run on PyTorch and pin old packages, so they live in an environment of their own.
 .peers-venv/ready: tests/benchmark/peers.txt

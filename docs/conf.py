@@ -13,10 +13,10 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from helpers import runtime  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+from support.start import start  # noqa: E402
 
-runtime.start("demo")
+start("demo")
 
 project = "Influence functions, reproduced"
 author = "the contributors"

@@ -1,11 +1,14 @@
-"""The mathematics of influence functions on Keras models, and what it needs of data and models.
+"""The mathematics of influence functions on Keras models: no file is read, nothing is drawn.
 
 Layers, top to bottom; an import may only point down:
 
-    vehicles        the thesis's two classes, their features and their head
-    mathematics     attribution, influence, many_fits, retraining, network_retraining,
-                    approximations, solvers, spectrum, curvature, objective, head,
-                    checks, keras_facts
-    data            features, backbone, models, datasets, rendering
-    settings        runtime
+    influence, retraining, ekfac
+    approximations
+    solvers
+    spectrum
+    curvature
+    objective
+    head
+    checks
+    keras_facts
 """

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from helpers import checks
 from helpers.head import gemm
-from helpers.runtime import keep_nothing
 from helpers.solvers import Cholesky
 
 DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
@@ -261,7 +260,7 @@ class Removals:
             changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
 
-    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=keep_nothing):
+    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=None):
         """Return theta_-i, the exact refits without each given training point, (p, k).
 
         Fixed-factor Newton steps from the Newton prediction, for a batch of points at once, until
@@ -269,8 +268,8 @@ class Removals:
         of their own.
 
         batch : points at a time; by default what fits the objective's memory budget, at most 500.
-        checkpoint : what `runtime.checkpoint(folder)` returned: finished batches are kept there and
-            an interrupted run goes on where it was.
+        checkpoint : function (numbers, compute) -> array, compute() or what it kept for the same
+            numbers, a list of arrays that decide the result: called once a batch of points.
         """
         rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
@@ -278,7 +277,8 @@ class Removals:
         same = [self.theta, head.decay, head.phi.sum(0), head.y, head.weight, tol]
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
-        ends = [checkpoint([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar]
+        keep = checkpoint or (lambda _, compute: compute())
+        ends = [keep([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar]
         thetas = np.concatenate([np.zeros((len(self.theta), 0)), *ends], axis=1)
         norms = [self._left_out_norms(end, part) for end, part in zip(ends, parts, strict=True)]
         self._keep(np.concatenate([np.zeros(0), *norms]), tol)

@@ -13,8 +13,7 @@ import pytest
 import tolerances
 from nbval.plugin import IPyNbCell
 
-from helpers import runtime
-from support import claims, run
+from support import claims, run, stored
 
 os.environ.setdefault("THESIS_RUNS", "runs/test")
 os.environ["TQDM_DISABLE"] = "1"
@@ -64,7 +63,7 @@ def pytest_runtest_call(item):
     yield
     if isinstance(item, IPyNbCell) and "claims.write(" in item.cell.source:
         name = f"{item.path.stem[:2]}_verdicts.json"
-        fresh = runtime.folder("runs", "demo", "figures") / name
+        fresh = stored.folder("runs", "demo", "figures") / name
         old, new = (claims.read_record(p) for p in (claims.committed("demo") / name, fresh))
         differences = tolerances.claim_differences(old, new)
         if differences:
@@ -73,7 +72,7 @@ def pytest_runtest_call(item):
 
 def pytest_runtest_logreport(report):
     """Print a line for each notebook whose last cell has run."""
-    path = runtime.ROOT / report.nodeid.partition("::")[0]
+    path = stored.ROOT / report.nodeid.partition("::")[0]
     if path.suffix == ".ipynb" and "PYTEST_XDIST_WORKER" not in os.environ:
         STARTED.setdefault(path, report.start)
         DONE[path] += report.when == "teardown"

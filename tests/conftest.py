@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from helpers import runtime
+from support.start import start
 
-runtime.start("demo")
+start("demo")
 
 import keras  # noqa: E402
 
-from helpers import models, retraining  # noqa: E402
+from helpers import retraining  # noqa: E402
 from helpers.objective import Objective  # noqa: E402
+from support import models  # noqa: E402
 
 BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
 SOFTMAX = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "notebooks")]
 
 import contextlib
 
@@ -27,8 +27,9 @@ elif k:
     tf.config.set_logical_device_configuration(cpu, devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(k)])
 
-from helpers import curvature, features, influence  # noqa: E402  after the devices are set
-from helpers.objective import Objective  # noqa: E402
+from helpers import curvature, influence
+from helpers.objective import Objective
+from support import features
 
 keras.config.set_dtype_policy("float64")
 rng = np.random.default_rng(0)

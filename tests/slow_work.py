@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "notebooks")]
 
-from helpers import runtime
+from support.start import start
+from support import stored
 
-runtime.start("demo")
+start("demo")
 import keras
 import numpy as np
 
-from helpers import datasets, features, models, retraining
+from support import datasets, features, models
+from helpers import retraining
 from helpers.objective import Objective
 
 kind, folder, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
@@ -54,7 +56,7 @@ def slow_refits():
         return exact(*arguments)
 
     removals._exact = slowly
-    return removals.exact(np.arange(40), batch=2, checkpoint=runtime.checkpoint(folder))
+    return removals.exact(np.arange(40), batch=2, checkpoint=stored.checkpoint(folder))
 
 
 np.save(folder / "result.npy", {"features": slow_features, "refits": slow_refits}[kind]())

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from conftest import BINARY
 
-from helpers import influence, models, retraining, runtime
-from helpers.features import Backbone
+from helpers import influence, retraining
 from helpers.objective import Objective
 from studies import attacks
+from support import models, stored
+from support.features import Backbone
 
 TARGETS = [np.array([0]), np.array([1]), np.array([2, 3, 4])]
 CARRIERS = [np.array([3]), np.array([7, 3]), np.array([11, 20, 5])]
@@ -163,7 +164,7 @@ def test_an_interrupted_run_goes_on_where_it_was(setting, tmp_path, monkeypatch)
         return see(self, x)
 
     monkeypatch.setattr(attacks.Attacks, "see", counted)
-    monkeypatch.setattr(setting, "keep", runtime.checkpoint(tmp_path))
+    monkeypatch.setattr(setting, "keep", stored.checkpoint(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         setting.attack(TARGETS, CARRIERS, steps=3)
     monkeypatch.setattr(setting, "theta", setting.theta * (1 + 1e-15))  # of another run's fit

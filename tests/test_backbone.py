@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import backbone, rendering
+from support import backbone, drawings
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def test_the_committed_file_is_small_and_loads_as_it_is(committed):
 
 
 def test_features_are_finite_and_tell_pictures_apart(committed):
-    rows = rendering.plan(n_train=4, n_test=2, n_duplicates=0, n_swapped=0, n_ambiguous=0)
-    pictures = np.stack([rendering.draw(row) for row in rows.to_dict("records")])
+    rows = drawings.plan(n_train=4, n_test=2, n_duplicates=0, n_swapped=0, n_ambiguous=0)
+    pictures = np.stack([drawings.draw(row) for row in rows.to_dict("records")])
     features = keras.ops.convert_to_numpy(committed(pictures.astype("float32")))
     assert np.isfinite(features).all()
     assert (features >= 0).all()
@@ -32,10 +32,10 @@ def test_features_are_finite_and_tell_pictures_apart(committed):
 
 def test_no_target_is_among_the_pretext_classes():
     targets = {
-        *rendering.SUBTYPES,
-        *(name for group in rendering.SUBTYPES.values() for name in group),
+        *drawings.SUBTYPES,
+        *(name for group in drawings.SUBTYPES.values() for name in group),
     }
-    assert not targets & set(rendering.PRETEXT)
+    assert not targets & set(drawings.PRETEXT)
 
 
 def test_a_tiny_training_run_saves_a_feature_model(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, SOFTMAX
 
-from helpers import checks, curvature, influence, models, retraining, solvers
+from helpers import checks, curvature, influence, retraining, solvers
 from helpers.objective import Objective
+from support import models
 
 layers, losses = keras.layers, keras.losses
 RNG = np.random.default_rng(0)

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import runtime
-from support import claims, evaluation, figures, pages
+from support import claims, evaluation, figures, pages, stored
 from support.claims import claim
 
 matplotlib.use("agg")
@@ -16,7 +15,7 @@ matplotlib.use("agg")
 
 @pytest.fixture(autouse=True)
 def _in_a_scratch_project(tmp_path, monkeypatch):
-    for module in (runtime, claims, pages):
+    for module in (stored, claims, pages):
         monkeypatch.setattr(module, "ROOT", tmp_path)
 
 

@@ -9,8 +9,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers import retraining, runtime
-from support import cluster
+from helpers import retraining
+from support import cluster, stored
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def removals():
     """Refits of a small head; the same wherever it is called."""
     import keras
 
-    from helpers import models
     from helpers.objective import Objective
+    from support import models
 
     keras.config.set_dtype_policy("float64")
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def refit(folder, seconds):
     def task(rows):
         time.sleep(seconds)
         (folder / f"{rows[0]}.{os.getpid()}.tried").touch()
-        return build().exact(rows, checkpoint=runtime.checkpoint(folder))
+        return build().exact(rows, checkpoint=stored.checkpoint(folder))
 
     return task
 
@@ -84,8 +84,8 @@ def test_what_fails_is_tried_again_and_then_raised(client, tmp_path):
 
 def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_path):
     work = "from pathlib import Path\nprint('n is', n)\nPath(log).open('a').write(f'{n}\\n')\n"
-    where = f"import sys\nsys.path.insert(0, {str(runtime.ROOT)!r})\nfrom helpers import runtime\n"
-    where += "(runtime.folder('runs', 'demo') / f'{n}.json').touch()"
+    where = f"import sys\nsys.path.insert(0, {str(stored.ROOT)!r})\nfrom helpers import runtime\n"
+    where += "(stored.folder('runs', 'demo') / f'{n}.json').touch()"
     log = str(tmp_path / "log")
     cells = [nbformat.v4.new_code_cell(text) for text in ("n = 1\nlog = ''", work, where)]
     cells[0].metadata["tags"] = ["parameters"]

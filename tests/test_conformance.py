@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from conftest import BINARY, SOFTMAX, ridge
 
-from helpers import curvature, influence, models, solvers
+from helpers import curvature, influence, solvers
 from helpers.objective import Objective
+from support import models
 
 
 def test_sign_and_unit_on_a_quadratic_model():

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import datasets, features, rendering, runtime, vehicles
+from support import datasets, drawings, features, stored, vehicles
 
 
 def jpeg(seed, size=40):
@@ -204,17 +204,17 @@ def test_enron_missing_damaged_packed_and_unpacked(tmp_path, monkeypatch):
 
 
 def test_drawings_are_files_with_the_pixels_that_were_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     sizes = {"n_train": 100, "n_test": 50}
     manifest = datasets.rendered(seed=3, **sizes, size=32)
     some = manifest.iloc[::13]
     pictures = datasets.pictures(some, 32)
     for row, picture in zip(some.to_dict("records"), pictures, strict=True):
-        np.testing.assert_array_equal(picture, rendering.draw(row, seed=3, size=32))
+        np.testing.assert_array_equal(picture, drawings.draw(row, seed=3, size=32))
     home = Path(manifest["path"][0]).parent
     assert len(list(home.glob("*.png"))) == len(manifest) == 300
-    stored = pd.read_csv(home / "manifest.csv", keep_default_na=False)
-    pd.testing.assert_frame_equal(stored, manifest)
+    written = pd.read_csv(home / "manifest.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(written, manifest)
     monkeypatch.setattr(datasets, "_draw", lambda *_: pytest.fail("they are there"))
     assert datasets.rendered(seed=3, **sizes, size=32).equals(manifest)
     monkeypatch.setattr(datasets, "_draw", lambda *_: None)
@@ -232,17 +232,17 @@ def test_unknown_sources_are_refused():
 def test_a_data_root_that_is_not_there_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("THESIS_DATA", str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="THESIS_DATA"):
-        runtime.data_root()
+        stored.data_root()
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(stored, "ROOT", tmp_path)
     (tmp_path / "runs").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(PermissionError, match="Cannot write to"):
-        runtime.folder("runs", "demo")
+        stored.folder("runs", "demo")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="not writable"):
-        runtime.folder("data", "derived")
+        stored.folder("data", "derived")
 
 
 def test_the_diabetes_file_missing_damaged_and_no_zip(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_features_of_stays_are_counts_and_levels():
 
 
 def test_the_diabetes_data_themselves():
-    path = runtime.data_root() / "diabetes" / "dataset_diabetes.zip"
+    path = stored.data_root() / "diabetes" / "dataset_diabetes.zip"
     if not path.exists():
         pytest.skip(f"{path.name} is not in the data root")
     stays = datasets.diabetes()

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from conftest import BINARY, SOFTMAX
 
-from helpers import features, influence, models, retraining, runtime
+from helpers import influence, retraining
 from helpers.objective import Objective
-from support import run
+from support import features, models, run, stored
 
 SCRIPT = Path(__file__).with_name("slow_work.py")
-PATH = os.pathsep.join([str(runtime.ROOT), str(runtime.ROOT / "notebooks")])
+PATH = os.pathsep.join([str(stored.ROOT), str(stored.ROOT / "notebooks")])
 RUNNING = {**os.environ, "PYTHONPATH": PATH}
 
 
@@ -86,28 +86,28 @@ def test_a_killed_notebook_leaves_no_finished_file(tmp_path):
 @pytest.mark.parametrize("damage", ["cut off", "one bit"])
 def test_a_damaged_checkpoint_is_computed_again(damage, tmp_path, capsys):
     values = np.random.default_rng(0).normal(size=500)
-    runtime.checkpoint(tmp_path)([1, 2], lambda: values)
+    stored.checkpoint(tmp_path)([1, 2], lambda: values)
     path = next(tmp_path.glob("*.npz"))
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.write_bytes(data[:1500] if damage == "cut off" else data)
-    np.testing.assert_array_equal(runtime.checkpoint(tmp_path)([1, 2], lambda: values), values)
+    np.testing.assert_array_equal(stored.checkpoint(tmp_path)([1, 2], lambda: values), values)
     assert "damaged" in capsys.readouterr().out
-    again = runtime.checkpoint(tmp_path)([1, 2], lambda: pytest.fail("it was stored"))
+    again = stored.checkpoint(tmp_path)([1, 2], lambda: pytest.fail("it was stored"))
     np.testing.assert_array_equal(again, values)
 
 
 def test_nothing_from_others_is_unpickled(tmp_path):
     """A cache or a data file that holds pickled objects is refused, not run."""
-    runtime.checkpoint(tmp_path)([1], lambda: np.zeros(3))
+    stored.checkpoint(tmp_path)([1], lambda: np.zeros(3))
     path = next(tmp_path.glob("*.npz"))
     np.savez(path, values=np.array([{"a": 1}], dtype=object))
-    np.testing.assert_array_equal(runtime.checkpoint(tmp_path)([1], lambda: np.ones(2)), [1, 1])
+    np.testing.assert_array_equal(stored.checkpoint(tmp_path)([1], lambda: np.ones(2)), [1, 1])
     lam = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Lambda(lambda x: x[:, 0, 0])])
     lam.save(tmp_path / "theirs.keras")
     with pytest.raises(ValueError, match="safe_mode"):
         features.load_backbone(str(tmp_path / "theirs.keras"))
-    sources = [p.read_text(encoding="utf-8") for p in (runtime.ROOT / "helpers").glob("*.py")]
+    sources = [p.read_text(encoding="utf-8") for p in (stored.ROOT / "helpers").glob("*.py")]
     assert not [s for s in sources if "allow_pickle=True" in s or "safe_mode=False" in s]
 
 
@@ -128,7 +128,7 @@ def test_a_full_disk(small_disk):
     (small_disk / "filler").write_bytes(bytes(2**20 - 3 * 4096))
     big = np.random.default_rng(0).normal(size=10_000)
     with pytest.warns(UserWarning, match=r"not kept \(No space left"):
-        values = runtime.checkpoint(small_disk)([1], lambda: big)
+        values = stored.checkpoint(small_disk)([1], lambda: big)
     np.testing.assert_array_equal(values, big)
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
     process = work("features", small_disk)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import datasets, features
+from support import datasets, features
 
 
 class Counting:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from helpers import models
 from helpers.objective import Objective
+from support import models
 
 
 def test_parameter_counts():

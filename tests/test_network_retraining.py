@@ -6,9 +6,10 @@ import pytest
 from conftest import SOFTMAX, ridge
 from scipy.optimize import check_grad, minimize
 
-from helpers import curvature, influence, retraining, runtime, solvers
-from helpers.network_retraining import NetworkRemovals, _Anchor, _target, polish
+from helpers import curvature, influence, retraining, solvers
 from helpers.objective import Objective
+from studies.network_retraining import NetworkRemovals, _Anchor, _target, polish
+from support import stored
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_an_interrupted_run_of_refits_goes_on_where_it_was(polished, tmp_path):
     objective, *_ = polished
     removals, rows = NetworkRemovals(objective, curvature.dense_hessian(objective)), np.arange(4)
     whole = removals.retrain(rows)
-    keep, done = runtime.checkpoint(tmp_path), []
+    keep, done = stored.checkpoint(tmp_path), []
 
     def interrupted(numbers, compute):
         if len(done) == 2:

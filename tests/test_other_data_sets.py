@@ -3,8 +3,7 @@
 import pytest
 from tolerances import claim_differences
 
-from helpers import runtime
-from support import claims, run
+from support import claims, run, stored
 
 JOBS = run.jobs_of("demo", run.choose([]))
 OTHERS = [job for job in JOBS if job.dataset not in (None, claims.DEFAULT)]
@@ -15,7 +14,7 @@ def test_the_demo_on_its_other_data_sets(job, tmp_path, monkeypatch):
     monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
     run.run(job.path, tmp_path / f"{job.name}.ipynb", job.parameters)
     name = f"{job.number}_verdicts.json"
-    fresh = claims.read_record(runtime.folder("runs", "demo", "figures") / name)
+    fresh = claims.read_record(stored.folder("runs", "demo", "figures") / name)
     committed = claims.read_record(claims.committed("demo") / name)
     assert not claim_differences(committed, fresh, job.dataset)
 

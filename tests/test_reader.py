@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from helpers.runtime import ROOT
+from support.stored import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

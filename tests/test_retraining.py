@@ -6,8 +6,10 @@ import pytest
 from conftest import SOFTMAX, ridge
 from sklearn.linear_model import LogisticRegression
 
-from helpers import many_fits, retraining, runtime
+from helpers import retraining
 from helpers.objective import Objective
+from studies import many_fits
+from support import stored
 
 
 def test_fit_equals_scikit_learn(binary):
@@ -140,7 +142,7 @@ def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch)
     """Nothing is lost, nothing is computed twice, and no number changes."""
     removals, rows = retraining.Removals(softmax.objective), np.arange(12)
     whole = removals.exact(rows, batch=4)
-    work, done, keep = removals._exact, [], runtime.checkpoint(tmp_path)
+    work, done, keep = removals._exact, [], stored.checkpoint(tmp_path)
 
     def interrupted(part, *rest):
         if len(done) == 2:
@@ -152,7 +154,7 @@ def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         removals.exact(rows, batch=4, checkpoint=keep)
     done.clear()
-    resumed = removals.exact(rows, batch=4, checkpoint=runtime.checkpoint(tmp_path))
+    resumed = removals.exact(rows, batch=4, checkpoint=stored.checkpoint(tmp_path))
     assert [part.tolist() for part in done] == [[8, 9, 10, 11]]
     np.testing.assert_array_equal(resumed, whole)
     other = retraining.Removals(softmax.bind(weight_decay=0.02))

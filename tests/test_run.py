@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from helpers import runtime
-from helpers.runtime import ROOT
-from support import claims, pages, run
+from support import claims, pages, run, stored
+from support.stored import ROOT
 
 
 def write(path, *sources, parameters="n = 3\nrate = 0.5\nname = 'a=b'\nfast = False"):
@@ -68,7 +67,7 @@ def test_a_run_writes_the_notebook_and_its_html(tmp_path):
 @pytest.mark.parametrize("disable", ["1", ""])
 def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disable):
     monkeypatch.setenv("TQDM_DISABLE", disable)
-    lines = ["from helpers import runtime", "runtime.start('demo')", "from tqdm.auto import tqdm"]
+    lines = ["from helpers import runtime", "start('demo')", "from tqdm.auto import tqdm"]
     start = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *lines])
     cells = [nbformat.v4.new_code_cell(s) for s in (start, "for _ in tqdm(range(2)): pass")]
     notebook = nbformat.v4.new_notebook(cells=cells)
@@ -95,7 +94,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "params" / "demo.yaml").touch()
     for number in ("00", "02", "03", "04", "16"):
         put(tmp_path, number, "import time; began = time.time()", "print(began, time.time())")
-    for module in (run, claims, pages, runtime):
+    for module in (run, claims, pages, stored):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.delenv("THESIS_RUNS", raising=False)
     (tmp_path / "README.md").write_text(
@@ -179,9 +178,9 @@ def test_folders_named_by_the_environment(project, monkeypatch, capsys, name):
     assert run.main(["00"]) == run.NOT_RUN
     assert capsys.readouterr().err == f"{name} names {project / 'my data'}, which is no folder.\n"
     (project / "my data").mkdir()
-    assert runtime.named_folder(name) == project / "my data"
+    assert stored.named_folder(name) == project / "my data"
     monkeypatch.setenv(name, "")
-    assert runtime.named_folder(name) is None
+    assert stored.named_folder(name) is None
     assert run.main(["00"]) == 0
 
 
@@ -201,10 +200,11 @@ def test_parameters_arrive_as_they_were_given(tmp_path):
 def test_a_notebook_of_two_data_sets_runs_once_for_each(project):
     source = f"""import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "notebooks")!r}]
-from helpers import runtime
+from support.start import start
+from support import stored
 from support import claims
-runtime.ROOT = claims.ROOT = runtime.Path({str(project)!r})
-(runtime.folder("runs", profile, "figures") / f"03_{{dataset}}_{{n}}.json").touch()
+stored.ROOT = claims.ROOT = stored.Path({str(project)!r})
+(stored.folder("runs", profile, "figures") / f"03_{{dataset}}_{{n}}.json").touch()
 found = [claims.claim("r", "", n, above=4)]
 claims.write("03_a", profile, {{}}, found, dataset=dataset)"""
     parameters = "profile = 'demo'\nn = 3\ndataset = 'vehicles'"
@@ -235,10 +235,11 @@ def ends_in_a_verdict(project, number, profile, value=1):
     """Write a notebook whose run leaves a verdict, a figure's numbers and a picture."""
     source = f"""import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "notebooks")!r}]
-from helpers import runtime
+from support.start import start
+from support import stored
 from support import claims
-runtime.ROOT = claims.ROOT = runtime.Path({str(project)!r})
-figures = runtime.folder("runs", profile, "figures")
+stored.ROOT = claims.ROOT = stored.Path({str(project)!r})
+figures = stored.folder("runs", profile, "figures")
 for kind in ("png", "json"):
     (figures / f"{number}_new.{{kind}}").touch()
 claims.write("{number}_a", profile, {{}}, [claims.claim("a", "", {value}, above=0)])"""

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import datasets, features, rendering
 from studies import shifts
+from support import datasets, drawings, features
 
 SIZE = 48
 PLAIN = ("bright", "dark", "gamma", "rain", "noise", "jpeg")
@@ -21,7 +21,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def masks():
-    return np.stack([rendering.silhouette(row, size=SIZE) for row in MANIFEST.to_dict("records")])
+    return np.stack([drawings.silhouette(row, size=SIZE) for row in MANIFEST.to_dict("records")])
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ def test_the_silhouette_is_where_the_object_was_drawn(masks):
     assert masks.mean((1, 2)).min() > 0.01
     row = MANIFEST.iloc[0].to_dict()
     sub = {**row, "background": "sky", "flag": ""}  # no shadow
-    canvas = rendering.draw(sub, size=SIZE).astype(int)
-    other = rendering.draw({**sub, "subtype": "taxi"}, size=SIZE).astype(int)
-    union = rendering.silhouette(sub, size=SIZE) | rendering.silhouette(
+    canvas = drawings.draw(sub, size=SIZE).astype(int)
+    other = drawings.draw({**sub, "subtype": "taxi"}, size=SIZE).astype(int)
+    union = drawings.silhouette(sub, size=SIZE) | drawings.silhouette(
         {**sub, "subtype": "taxi"}, size=SIZE
     )
     changed = np.abs(canvas - other).max(2) > 60

@@ -6,8 +6,9 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, SOFTMAX
 
-from helpers import curvature, influence, models, retraining
+from helpers import curvature, influence, retraining
 from helpers.objective import Objective
+from support import models
 
 
 def on_disk(folder, x):

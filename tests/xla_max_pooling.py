@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from helpers import runtime
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "notebooks")]
+from support.start import start
 
-runtime.start("real")
+start("real")
 import keras
 import numpy as np
 import tensorflow as tf

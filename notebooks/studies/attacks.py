@@ -24,12 +24,13 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from helpers import backbone as demo
-from helpers import datasets, features, influence, retraining, vehicles
-from helpers.many_fits import Replacements
+from helpers import influence, retraining
 from helpers.objective import Objective
-from helpers.runtime import keep_nothing
+from studies.many_fits import Replacements
+from support import backbone as demo
+from support import datasets, features, vehicles
 from support.evaluation import time_ratio
+from support.stored import keep_nothing
 
 KINDS = ("as altered", "saved in 8 bits", "JPEG 90")
 
@@ -40,7 +41,7 @@ class Attacks:
     objective : the head's, at its minimum. backbone : what made its features, 0..255 -> (b, d).
     images : training pictures (n, h, w, 3), whole levels 0..255. x_test, y_test : (m, d), (m,).
     batch : pictures that go through the backbone together; as many as memory allows.
-    keep : what `runtime.checkpoint(folder)` returned: finished batches are kept there and an
+    keep : what `stored.checkpoint(folder)` returned: finished batches are kept there and an
     interrupted run goes on where it was. margin : (m,), logit of the true class at the clean head.
     """
 

@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from helpers import curvature, influence, retraining
-from helpers.models import linear_head
 from helpers.objective import Objective
+from support.models import linear_head
 
 
 def stratified(cohort, n_class, rng):

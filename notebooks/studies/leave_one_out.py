@@ -7,7 +7,8 @@ import numpy as np
 from scipy.sparse.linalg import eigsh
 from sklearn.linear_model import LogisticRegression
 
-from helpers import curvature, datasets, influence, solvers
+from helpers import curvature, influence, solvers
+from support import datasets
 
 
 def digits(source, side, seed):

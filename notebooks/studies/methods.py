@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import scipy.linalg
+import tensorflow as tf
 from sklearn.neighbors import NearestNeighbors
+from tqdm.auto import tqdm
 
-from helpers import attribution, curvature, influence, many_fits, retraining
-from helpers.network_retraining import NetworkRemovals, polish
+from helpers import curvature, ekfac, influence, retraining
 from helpers.objective import Objective
+from studies import many_fits
+from studies.network_retraining import NetworkRemovals, polish
 from support import evaluation
 
 
@@ -79,7 +82,7 @@ def fit(problem, labels, seed):
 def _train(problem, labels, rows, seeds, keep=()):
     how = {"weight_decay": problem.decay, "steps": problem.steps, "rate": problem.rate}
     data = problem.model, problem.loss, problem.x, labels, rows
-    return attribution.train_many(*data, seeds=seeds, keep=keep, **how)
+    return train_many(*data, seeds=seeds, keep=keep, **how)
 
 
 def _assign(model, theta, rest):
@@ -131,7 +134,7 @@ class Solvers:
 
     def __call__(self, method, b, damping=0.0):
         if method == "EK-FAC":
-            return attribution.EKFAC(self.objective, damping=damping).solve(b)
+            return ekfac.EKFAC(self.objective, damping=damping).solve(b)
         values, vectors = self.spectra[method]
         return vectors @ ((vectors.T @ b) / (values + damping)[:, None])
 
@@ -230,7 +233,7 @@ def left_out(case, exact, *, n_top, n_random, keep):
 
     Of each row of the predictions `exact` (m, n) the n_top largest, and n_random random points.
     A head is refitted exactly; a network is trained on from where it stands, its statistics frozen.
-    keep : a `runtime.checkpoint`.
+    keep : a `stored.checkpoint`.
     """
     objective, rng = case.objective, np.random.default_rng([case.seed, 6])
     some = rng.choice(objective.n, n_random, replace=False)
@@ -298,3 +301,91 @@ def costs(case, cg_products, retrainings):
         "neighbours": 1 / 3 + m / 3,
         "datamodel": retrainings / 2 * case.problem.steps,
     }
+
+
+class Trained(NamedTuple):
+    """The ends of many trainings: trainable (k, p) and other (k, q) parameters, in model order.
+
+    checkpoints : (steps kept, k, p), the trainable ones along the way.
+    """
+
+    theta: np.ndarray
+    rest: np.ndarray
+    checkpoints: np.ndarray
+
+
+def train_many(
+    model, loss, x, y, rows, *, seeds, weight_decay, steps=300, rate=0.01, keep=(), batch=32
+):
+    """Train a Keras model k times from scratch on subsets of the data, together: full-batch Adam.
+
+    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls from
+    `rate` to 0 along a cosine; weight decay applies to every trainable parameter, inside the loss.
+
+    rows : (k, s) indices of each subset; y : (n,), or (k, n) with labels of its own for each copy.
+    seeds : (k,) of the initial parameters, `keras.utils.set_random_seed`.
+    keep : steps at which `checkpoints` are taken.
+    """
+    rows, y = np.asarray(rows), np.asarray(y)
+    labels = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
+    starts = {seed: _initial(model, seed) for seed in dict.fromkeys(seeds)}
+    theta, rest = (np.stack([starts[seed][k] for seed in seeds]) for k in (0, 1))
+    step = _adam_step(model, loss, weight_decay)
+    ends = []
+    for first in tqdm(range(0, len(rows), batch), "trainings", unit="batch", leave=False):
+        part = slice(first, first + batch)
+        data = tf.constant(x[rows[part]]), tf.constant(labels[part])
+        state, moments, taken = (tf.constant(theta[part]), tf.constant(rest[part])), None, []
+        moments = tf.zeros_like(state[0]), tf.zeros_like(state[0])
+        for k in range(steps):
+            now = rate * (1 + np.cos(np.pi * k / steps)) / 2
+            state, moments = step(state, moments, data, tf.constant(k + 1.0), tf.constant(now))
+            if k + 1 in keep:
+                taken.append(state[0].numpy())
+        taken = np.reshape(taken, (len(taken), *state[0].shape))
+        ends.append((state[0].numpy(), state[1].numpy(), taken))
+    thetas, rests, kept = zip(*ends, strict=True)
+    return Trained(np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1))
+
+
+def _initial(model, seed):
+    keras.utils.set_random_seed(int(seed))
+    fresh = keras.models.clone_model(model)
+    return [_flat(fresh.trainable_variables), _flat(fresh.non_trainable_variables)]
+
+
+def _flat(variables):
+    return np.concatenate([np.zeros(0), *[np.ravel(v) for v in variables]])
+
+
+def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
+    shapes = [
+        [tuple(v.shape) for v in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+
+    def parts(flat, shapes):
+        split = tf.split(flat, [int(np.prod(s)) for s in shapes]) if shapes else []
+        return [tf.reshape(t, s) for t, s in zip(split, shapes, strict=True)]
+
+    def one_copy(copy):
+        theta, rest, x, y = copy
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            outputs, moved = model.stateless_call(
+                parts(theta, shapes[0]), parts(rest, shapes[1]), x, training=True
+            )
+            value = tf.reduce_mean(loss(y, outputs)) + weight_decay / 2 * tf.reduce_sum(theta**2)
+        moved = tf.concat([tf.reshape(t, [-1]) for t in moved], 0) if moved else rest
+        return tape.gradient(value, theta), moved
+
+    @tf.function
+    def step(state, moments, data, k, rate):
+        gradient, rest = tf.vectorized_map(one_copy, (*state, *data))
+        m = b1 * moments[0] + (1 - b1) * gradient
+        v = b2 * moments[1] + (1 - b2) * gradient**2
+        k = tf.cast(k, m.dtype)
+        length = tf.cast(rate, m.dtype) * tf.sqrt(1 - b2**k) / (1 - b1**k)
+        return (state[0] - length * m / (tf.sqrt(v) + epsilon), rest), (m, v)
+
+    return step

@@ -18,9 +18,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.neighbors import NearestNeighbors
 
-from helpers import datasets, many_fits, models, retraining, vehicles
+from helpers import retraining
 from helpers.objective import Objective
-from support import evaluation
+from studies import many_fits
+from support import datasets, evaluation, models, vehicles
 
 RANKINGS = (
     *("self-influence", "left-out loss", "loss", "gradient norm", "Grad-Dot"),

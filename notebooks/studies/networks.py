@@ -11,10 +11,10 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import curvature, datasets, influence, models, runtime, solvers
-from helpers.network_retraining import NetworkRemovals, polish
+from helpers import curvature, influence, solvers
 from helpers.objective import Objective
-from support import evaluation
+from studies.network_retraining import NetworkRemovals, polish
+from support import datasets, evaluation, models, stored
 
 
 def mnist(source, side, *, seed=0):
@@ -39,7 +39,7 @@ class Network(NamedTuple):
 class Recipe:
     """How every network is made: digits, architecture and training; long results are kept.
 
-    digits : as `mnist` returns them; keep : as `runtime.checkpoint` returns it.
+    digits : as `mnist` returns them; keep : as `stored.checkpoint` returns it.
     """
 
     digits: datasets.Arrays
@@ -47,7 +47,7 @@ class Recipe:
     weight_decay: float
     epochs: int
     seed: int
-    keep: Callable = runtime.keep_nothing
+    keep: Callable = stored.keep_nothing
 
     def network(self, draw=0):
         """Return an untrained network; each draw has initial parameters of its own."""

@@ -17,8 +17,7 @@ import tensorflow as tf
 from scipy import stats
 from tqdm.auto import tqdm
 
-from helpers import features, rendering
-from support import evaluation
+from support import drawings, evaluation, features
 
 LIGHT = (40, 70, 100, 130, 160)  # grey levels; thesis: 100
 GAMMA = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -239,7 +238,7 @@ def object_masks(table, size):
     """
     if is_drawn(table):
         rows = table.to_dict("records")
-        return np.stack([rendering.silhouette(r, seed=r["seed"], size=size) for r in rows])
+        return np.stack([drawings.silhouette(r, seed=r["seed"], size=size) for r in rows])
     half = np.abs(np.arange(size) - (size - 1) / 2) < size / 4
     return np.repeat((half[:, None] & half)[None], len(table), axis=0)
 
@@ -267,7 +266,7 @@ class Attacked(NamedTuple):
 
 
 def measure(pictures, backbone, keep):
-    """Return the features (m, d) of pictures, float64; `keep` is a runtime.checkpoint."""
+    """Return the features (m, d) of pictures, float64; `keep` is a stored.checkpoint."""
     numbers = [pictures, *backbone.model.get_weights()]
     return keep(numbers, lambda: features.measure(pictures, backbone)).astype(float)
 

@@ -11,7 +11,8 @@ from scipy.spatial.distance import cdist
 from scipy.special import expit
 from sklearn.neural_network import MLPClassifier
 
-from helpers import influence, vehicles
+from helpers import influence
+from support import vehicles
 
 
 def tally(changes, same, k):

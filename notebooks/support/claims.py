@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from helpers.runtime import ROOT, folder
+from support.stored import ROOT, folder
 
 BOUNDS = {
     "at_least": ("at least {}", operator.ge),

@@ -1,7 +1,7 @@
 """Independent work on many machines: refits, seeds, attacks, and notebooks with other parameters.
 
 `distributed` (Dask) hands out the tasks, tries again what failed and replaces workers that died.
-A task that keeps what it has finished (`runtime.checkpoint`, a finished notebook) loses nothing.
+A task that keeps what it has finished (`stored.checkpoint`, a finished notebook) loses nothing.
 """
 
 import hashlib

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image
 
-from helpers.runtime import folder
 from support.claims import _plain as plain
+from support.stored import folder
 
 
 def save(figure, name, profile, **numbers):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.runtime import ROOT, folder
 from support.claims import OWN, PUBLISHED, committed, written
+from support.stored import ROOT, folder
 
 OPEN = ("not run", "not applicable")
 

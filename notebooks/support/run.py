@@ -31,9 +31,10 @@ import yaml
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
-from helpers.runtime import PROFILES, ROOT, data_root, folder, named_folder
 from support.claims import DEFAULT, forget, read_record, written
 from support.pages import update_readme
+from support.start import PROFILES
+from support.stored import ROOT, data_root, folder, named_folder
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for

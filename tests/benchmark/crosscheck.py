@@ -17,7 +17,7 @@ import numpy as np
 import tasks
 
 from helpers import curvature, influence
-from helpers.attribution import EKFAC
+from helpers.ekfac import EKFAC
 
 PAIRS = {"softmax": ["dattri explicit"], "mlp": ["kronfluence ekfac", "kronfluence every-label"]}
 

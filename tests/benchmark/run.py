@@ -176,7 +176,7 @@ def refits(k=64, few=2):
     import tasks
     from sklearn.linear_model import LogisticRegression
 
-    from helpers import many_fits
+    from studies import many_fits
     from support import evaluation
 
     tasks.keras.config.set_dtype_policy("float64")

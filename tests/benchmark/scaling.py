@@ -27,14 +27,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in (".", "notebooks")]
 
 import keras
 import numpy as np
 
-from helpers import attribution, curvature, influence, models, retraining
+from helpers import curvature, ekfac, influence, retraining
 from helpers.objective import Objective
-from helpers.runtime import ROOT
+from support import models
+from support.stored import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
@@ -149,7 +150,7 @@ def measure_backbone(name):
         b = curvature.per_example_gradients(part, x[:2], y[:2]).T
         works = {
             "cg": lambda _: influence.s_test(whole, x[:2], y[:2], **cg),
-            "ekfac_factors": lambda _: attribution.EKFAC(part, damping=0.01),
+            "ekfac_factors": lambda _: ekfac.EKFAC(part, damping=0.01),
             "ekfac_solve": lambda done: done["ekfac_factors"].solve(b),
             "influences": lambda done: influence.predicted_loss_change(part, done["ekfac_solve"]),
         }

@@ -21,10 +21,11 @@ import scipy.optimize
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from helpers import curvature, influence, models, retraining, runtime, spectrum
+from helpers import curvature, influence, retraining, spectrum
 from helpers.objective import Objective
+from support import models, stored
 
-FOLDER = runtime.folder("data", "derived", "benchmark")
+FOLDER = stored.folder("data", "derived", "benchmark")
 LOSSES = {
     "t1": keras.losses.BinaryCrossentropy(from_logits=True),
     "t3": keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in (".", "notebooks")]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 

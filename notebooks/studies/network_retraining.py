@@ -25,8 +25,8 @@ from helpers.curvature import (
     output_slopes,
     per_example_gradients,
 )
-from helpers.runtime import keep_nothing
 from helpers.solvers import Cholesky, damped
+from support.stored import keep_nothing
 
 
 class Descent(NamedTuple):

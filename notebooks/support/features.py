@@ -14,8 +14,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from helpers import datasets
-from helpers.runtime import ROOT, folder
+from support import datasets
+from support.stored import ROOT, folder
 
 
 class Backbone(NamedTuple):
@@ -65,7 +65,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
 def _from_file(path):
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; `python -m helpers.backbone` makes the demo's."
+            f"{path} does not exist; `python -m support.backbone` makes the demo's."
         )
     with _float32():
         model = keras.saving.load_model(path, compile=False)

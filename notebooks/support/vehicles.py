@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import datasets, retraining, runtime
-from helpers.models import linear_head
+from helpers import retraining
 from helpers.objective import Objective
+from support import datasets, stored
+from support.models import linear_head
 
 
 class Vehicles(NamedTuple):
@@ -31,15 +32,15 @@ class Vehicles(NamedTuple):
 
 def manifest(profile):
     """Return the manifest that notebook 00 wrote; an error names the notebook to run first."""
-    path = runtime.folder("data", "derived", profile) / "00_manifest.csv"
-    return pd.read_csv(runtime.need(path, made_by="00_data_curation"), keep_default_na=False)
+    path = stored.folder("data", "derived", profile) / "00_manifest.csv"
+    return pd.read_csv(stored.need(path, made_by="00_data_curation"), keep_default_na=False)
 
 
 def load(profile):
     """Return the Vehicles of a profile; an error names the notebook to run first."""
     table = manifest(profile)
-    path = runtime.folder("data", "derived", profile) / "01_features.npy"
-    phi = np.load(runtime.need(path, made_by="01_feature_extraction")).astype(float)
+    path = stored.folder("data", "derived", profile) / "01_features.npy"
+    phi = np.load(stored.need(path, made_by="01_feature_extraction")).astype(float)
     if len(phi) != len(table):
         raise ValueError(
             f"{path.name} holds {len(phi)} rows, the manifest {len(table)}: the pictures "

@@ -1,6 +1,6 @@
 """The feature extractor of the offline profile `demo`, trained on vehicles that are not targets.
 
-`python -m helpers.backbone` draws the pretext classes of `helpers.rendering`, trains a small
+`python -m support.backbone` draws the pretext classes of `support.drawings`, trains a small
 classifier on them and saves what lies before its last layer. Neither airplanes nor cars are seen,
 as a head on frozen features must not owe its features to the pictures that are removed later.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-OUT = Path(__file__).resolve().parent.parent / "data" / "embedded" / "demo_backbone.keras"
+from support.stored import ROOT
+
+OUT = ROOT / "data" / "embedded" / "demo_backbone.keras"
 WIDTHS = (24, 96, 192, 256)
 FEATURES = 2 * sum(WIDTHS[1:])  # mean and maximum of the last three levels
 SCALE = 1.2  # for a mean squared norm of some 600: MobileNetV2 on photographs gives a few hundred
@@ -38,12 +40,12 @@ def demo_backbone(size=96):
 
 def pretext_pictures(seed, per_class, size=96):
     """Return (pictures, class numbers) of the pretext classes, shuffled."""
-    from helpers import rendering
+    from support import drawings
 
-    rows = rendering.pretext_rows(seed, per_class)
-    pictures = np.stack([rendering.draw(row, seed=seed, size=size) for _, row in rows.iterrows()])
+    rows = drawings.pretext_rows(seed, per_class)
+    pictures = np.stack([drawings.draw(row, seed=seed, size=size) for _, row in rows.iterrows()])
     order = np.random.default_rng([seed, 3]).permutation(len(rows))
-    return pictures[order], rows["label"].map(rendering.PRETEXT.index).to_numpy()[order]
+    return pictures[order], rows["label"].map(drawings.PRETEXT.index).to_numpy()[order]
 
 
 def train(out=OUT, *, epochs=10, per_class=600, seed=7, size=96):

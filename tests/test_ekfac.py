@@ -1,4 +1,4 @@
-"""EK-FAC against dense matrices made from its definition; many trainings against single ones."""
+"""EK-FAC against dense matrices made from its definition."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from helpers import curvature
-from helpers.attribution import EKFAC, train_many
+from helpers.ekfac import EKFAC
 from helpers.objective import Objective
 from tests.conftest import SOFTMAX
 
@@ -183,38 +183,3 @@ def test_a_shared_layer_is_refused_in_words():
     objective = Objective(model, SOFTMAX, np.ones((5, 3)), np.zeros(5, int), weight_decay=0.1)
     with pytest.raises(ValueError, match="exactly once"):
         EKFAC(objective, damping=0.1)
-
-
-def normalised():
-    """Return a network whose batch normalisation makes the other examples matter."""
-    layers = [
-        keras.layers.Dense(5, use_bias=False),  # which normalisation would subtract
-        keras.layers.BatchNormalization(center=False, scale=False, momentum=0.5),
-        keras.layers.Activation("tanh"),
-        keras.layers.Dense(3),
-    ]
-    return keras.Sequential([keras.Input((4,)), *layers])
-
-
-def test_many_trainings_are_each_keras_own_training():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 4)), rng.integers(0, 3, (3, 30))
-    rows = np.stack([rng.permutation(30)[:12] for _ in range(3)])
-    model, options = normalised(), {"weight_decay": 0.1, "steps": 40, "rate": 0.05}
-    many = train_many(model, SOFTMAX, x, y, rows, seeds=[1, 2, 1], keep=(40,), batch=2, **options)
-    for k, seed in enumerate([1, 2, 1]):
-        keras.utils.set_random_seed(seed)
-        alone = normalised()
-
-        def penalised(labels, outputs, alone=alone):
-            squares = [keras.ops.sum(v**2) for v in alone.trainable_variables]
-            return SOFTMAX(labels, outputs) + 0.05 * sum(squares)
-
-        schedule = keras.optimizers.schedules.CosineDecay(0.05, 40)
-        alone.compile(keras.optimizers.Adam(schedule), loss=penalised)
-        alone.fit(x[rows[k]], y[k][rows[k]], batch_size=12, epochs=40, verbose=0, shuffle=False)
-        theta = np.concatenate([v.numpy().ravel() for v in alone.trainable_variables])
-        rest = np.concatenate([v.numpy().ravel() for v in alone.non_trainable_variables])
-        np.testing.assert_allclose(many.theta[k], theta, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(many.rest[k], rest, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(many.checkpoints[-1], many.theta)

@@ -1,11 +1,10 @@
-"""Attribution methods for the comparison of notebook 14: EK-FAC, and retraining on many subsets."""
+"""EK-FAC: the Gauss-Newton matrix layer by layer, in the eigenbasis of its Kronecker factors."""
 
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm.auto import tqdm
 
 from helpers import keras_facts
 from helpers.curvature import compiled, map_rows, output_factors
@@ -188,91 +187,3 @@ def _copies(objective, columns):
 def _unpacked(packed, shapes):
     parts = np.split(packed.numpy().astype(np.float64), np.cumsum([np.prod(s) for s in shapes]))
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
-
-
-class Trained(NamedTuple):
-    """The ends of many trainings: trainable (k, p) and other (k, q) parameters, in model order.
-
-    checkpoints : (steps kept, k, p), the trainable ones along the way.
-    """
-
-    theta: np.ndarray
-    rest: np.ndarray
-    checkpoints: np.ndarray
-
-
-def train_many(
-    model, loss, x, y, rows, *, seeds, weight_decay, steps=300, rate=0.01, keep=(), batch=32
-):
-    """Train a Keras model k times from scratch on subsets of the data, together: full-batch Adam.
-
-    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls from
-    `rate` to 0 along a cosine; weight decay applies to every trainable parameter, inside the loss.
-
-    rows : (k, s) indices of each subset; y : (n,), or (k, n) with labels of its own for each copy.
-    seeds : (k,) of the initial parameters, `keras.utils.set_random_seed`.
-    keep : steps at which `checkpoints` are taken.
-    """
-    rows, y = np.asarray(rows), np.asarray(y)
-    labels = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
-    starts = {seed: _initial(model, seed) for seed in dict.fromkeys(seeds)}
-    theta, rest = (np.stack([starts[seed][k] for seed in seeds]) for k in (0, 1))
-    step = _adam_step(model, loss, weight_decay)
-    ends = []
-    for first in tqdm(range(0, len(rows), batch), "trainings", unit="batch", leave=False):
-        part = slice(first, first + batch)
-        data = tf.constant(x[rows[part]]), tf.constant(labels[part])
-        state, moments, taken = (tf.constant(theta[part]), tf.constant(rest[part])), None, []
-        moments = tf.zeros_like(state[0]), tf.zeros_like(state[0])
-        for k in range(steps):
-            now = rate * (1 + np.cos(np.pi * k / steps)) / 2
-            state, moments = step(state, moments, data, tf.constant(k + 1.0), tf.constant(now))
-            if k + 1 in keep:
-                taken.append(state[0].numpy())
-        taken = np.reshape(taken, (len(taken), *state[0].shape))
-        ends.append((state[0].numpy(), state[1].numpy(), taken))
-    thetas, rests, kept = zip(*ends, strict=True)
-    return Trained(np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1))
-
-
-def _initial(model, seed):
-    keras.utils.set_random_seed(int(seed))
-    fresh = keras.models.clone_model(model)
-    return [_flat(fresh.trainable_variables), _flat(fresh.non_trainable_variables)]
-
-
-def _flat(variables):
-    return np.concatenate([np.zeros(0), *[np.ravel(v) for v in variables]])
-
-
-def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
-    shapes = [
-        [tuple(v.shape) for v in variables]
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    ]
-
-    def parts(flat, shapes):
-        split = tf.split(flat, [int(np.prod(s)) for s in shapes]) if shapes else []
-        return [tf.reshape(t, s) for t, s in zip(split, shapes, strict=True)]
-
-    def one_copy(copy):
-        theta, rest, x, y = copy
-        with tf.GradientTape() as tape:
-            tape.watch(theta)
-            outputs, moved = model.stateless_call(
-                parts(theta, shapes[0]), parts(rest, shapes[1]), x, training=True
-            )
-            value = tf.reduce_mean(loss(y, outputs)) + weight_decay / 2 * tf.reduce_sum(theta**2)
-        moved = tf.concat([tf.reshape(t, [-1]) for t in moved], 0) if moved else rest
-        return tape.gradient(value, theta), moved
-
-    @tf.function
-    def step(state, moments, data, k, rate):
-        gradient, rest = tf.vectorized_map(one_copy, (*state, *data))
-        m = b1 * moments[0] + (1 - b1) * gradient
-        v = b2 * moments[1] + (1 - b2) * gradient**2
-        k = tf.cast(k, m.dtype)
-        length = tf.cast(rate, m.dtype) * tf.sqrt(1 - b2**k) / (1 - b1**k)
-        return (state[0] - length * m / (tf.sqrt(v) + epsilon), rest), (m, v)
-
-    return step

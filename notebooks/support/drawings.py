@@ -6,11 +6,12 @@ left, z up, in metres. OpenCV fills the faces and a depth buffer puts the neares
 
 import functools
 import itertools
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
+
+from support.stored import ROOT
 
 SUBTYPES = {"airplane": ("airliner",), "car": ("taxi", "jeep", "racer", "sports_car", "wagon")}
 USUAL = {"airplane": ("sky", "apron"), "car": ("road", "showroom")}
@@ -24,7 +25,7 @@ PLACES = {  # hexadecimal: top, bottom, ground, markings, then the clutter on th
 }
 COLOURS = {"k": "1e1e21", "g": "2d3e54", "w": "ecece8", "m": "969aa0"}
 COLOURS |= {"y": "ffe896", "r": "be201e", "n": "7c5434", "d": "4e5054"}
-MESH_FILE = Path(__file__).parent.parent / "data" / "embedded" / "meshes.txt"  # says how to read it
+MESH_FILE = ROOT / "data" / "embedded" / "meshes.txt"  # says how to read it
 TABLE = "".join(line for line in MESH_FILE.open(encoding="utf-8") if not line.startswith("#"))
 MESHES = {block.split("|")[0].strip(): block.split("|")[1:] for block in TABLE.split("/")}
 PRETEXT = tuple(MESHES)[6:]  # the six target subtypes come first

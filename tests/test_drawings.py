@@ -3,49 +3,49 @@
 import numpy as np
 import pytest
 
-from helpers import rendering
+from support import drawings
 
 SMALL = {"n_train": 40, "n_test": 20, "n_duplicates": 6, "n_swapped": 8, "n_ambiguous": 2}
 
 
 @pytest.fixture(scope="module")
 def manifest():
-    return rendering.plan(seed=3, **SMALL)
+    return drawings.plan(seed=3, **SMALL)
 
 
 def test_a_picture_depends_on_seed_and_row_only(manifest):
     rows = manifest.sample(6, random_state=0).to_dict("records")
-    forward = [rendering.draw(row, seed=3) for row in rows]
-    backward = [rendering.draw(row, seed=3) for row in reversed(rows)][::-1]
+    forward = [drawings.draw(row, seed=3) for row in rows]
+    backward = [drawings.draw(row, seed=3) for row in reversed(rows)][::-1]
     assert all(np.array_equal(one, two) for one, two in zip(forward, backward, strict=True))
-    assert not np.array_equal(forward[0], rendering.draw(rows[0], seed=4))
+    assert not np.array_equal(forward[0], drawings.draw(rows[0], seed=4))
 
 
 def test_mapping_series_and_namedtuple_give_the_same_picture(manifest):
-    mapping = rendering.draw(manifest.to_dict("records")[5])
-    assert np.array_equal(mapping, rendering.draw(manifest.iloc[5]))
-    assert np.array_equal(mapping, rendering.draw(list(manifest.itertuples())[5]._replace(Index=9)))
+    mapping = drawings.draw(manifest.to_dict("records")[5])
+    assert np.array_equal(mapping, drawings.draw(manifest.iloc[5]))
+    assert np.array_equal(mapping, drawings.draw(list(manifest.itertuples())[5]._replace(Index=9)))
 
 
 @pytest.mark.parametrize("size", [32, 96, 131])
 def test_pictures_have_any_size(manifest, size):
     for row in manifest.iloc[[0, -1]].to_dict("records"):
-        picture = rendering.draw(row, size=size)
+        picture = drawings.draw(row, size=size)
         assert picture.shape == (size, size, 3)
         assert picture.dtype == np.uint8
         assert picture.std() > 5
 
 
-@pytest.mark.parametrize("subtype", rendering.MESHES)
+@pytest.mark.parametrize("subtype", drawings.MESHES)
 def test_every_mesh_shows_against_every_background(subtype):
-    for background in rendering.PLACES:
+    for background in drawings.PLACES:
         row = {"subtype": subtype, "background": background, "flag": "", "scene": 1, "index": 1}
-        assert rendering.draw(row, size=48).std() > 5
+        assert drawings.draw(row, size=48).std() > 5
 
 
 def test_the_full_manifest_has_the_stated_counts():
-    rows = rendering.plan()
-    assert list(rows.columns) == rendering.COLUMNS
+    rows = drawings.plan()
+    assert list(rows.columns) == drawings.COLUMNS
     assert len(rows) == 2600
     assert rows["id"].is_unique
     assert (rows["index"] == np.arange(2600)).all()
@@ -53,7 +53,7 @@ def test_the_full_manifest_has_the_stated_counts():
     sizes = rows.groupby(["split", "subtype"]).size()
     assert sizes["train", "airliner"] == 1000
     assert sizes["test", "airliner"] == 300
-    for subtype in rendering.SUBTYPES["car"]:
+    for subtype in drawings.SUBTYPES["car"]:
         assert sizes["train", subtype] == 200
         assert sizes["test", subtype] == 60
     flags = rows.groupby(["flag", "split"]).size()
@@ -64,7 +64,7 @@ def test_the_full_manifest_has_the_stated_counts():
 
 
 def test_a_remainder_is_shared_among_the_subtypes():
-    rows = rendering.plan(n_train=13, n_test=7, n_duplicates=0, n_swapped=0, n_ambiguous=0)
+    rows = drawings.plan(n_train=13, n_test=7, n_duplicates=0, n_swapped=0, n_ambiguous=0)
     cars = rows[rows["label"] == "car"].groupby(["split", "subtype"]).size()
     for split, n in (("train", 13), ("test", 7)):
         assert cars[split].sum() == n
@@ -72,8 +72,8 @@ def test_a_remainder_is_shared_among_the_subtypes():
 
 
 def test_manifests_follow_their_seed(manifest):
-    assert manifest.equals(rendering.plan(seed=3, **SMALL))
-    assert not manifest.equals(rendering.plan(seed=4, **SMALL))
+    assert manifest.equals(drawings.plan(seed=3, **SMALL))
+    assert not manifest.equals(drawings.plan(seed=4, **SMALL))
 
 
 def test_twins_refer_to_each_other_and_look_alike(manifest):
@@ -88,9 +88,9 @@ def test_twins_refer_to_each_other_and_look_alike(manifest):
             row[["subtype", "background", "scene"]]
         )
         others = rows[(rows["subtype"] == row["subtype"]) & (rows["scene"] != row["scene"])]
-        picture = rendering.draw(row, seed=3).astype(float)
+        picture = drawings.draw(row, seed=3).astype(float)
         apart = [
-            np.abs(picture - rendering.draw(other, seed=3)).mean()
+            np.abs(picture - drawings.draw(other, seed=3)).mean()
             for other in (twin, *(others.iloc[i] for i in range(4)))
         ]
         assert 0 < apart[0] < 0.5 * np.mean(apart[1:])
@@ -98,9 +98,9 @@ def test_twins_refer_to_each_other_and_look_alike(manifest):
 
 def test_only_planted_pictures_have_a_swapped_background(manifest):
     for row in manifest.itertuples():
-        swapped = row.background == rendering.SWAPPED[row.label]
+        swapped = row.background == drawings.SWAPPED[row.label]
         assert swapped == (row.flag != "")
-        assert swapped or row.background in rendering.USUAL[row.label]
+        assert swapped or row.background in drawings.USUAL[row.label]
         assert (row.twin != "") == (row.flag == "near_duplicate")
 
 
@@ -123,14 +123,14 @@ def test_ambiguous_pictures_are_training_racers(manifest):
 )
 def test_impossible_counts_are_refused_in_words(counts):
     with pytest.raises(ValueError, match=r"picture.* (free|class|limit)\."):
-        rendering.plan(**{**SMALL, **counts})
+        drawings.plan(**{**SMALL, **counts})
 
 
 def test_pretext_rows_are_balanced_and_hold_no_target():
-    rows = rendering.pretext_rows(5, 3)
-    assert list(rows.columns) == rendering.COLUMNS
-    assert rows.groupby("label").size().to_dict() == dict.fromkeys(rendering.PRETEXT, 3)
+    rows = drawings.pretext_rows(5, 3)
+    assert list(rows.columns) == drawings.COLUMNS
+    assert rows.groupby("label").size().to_dict() == dict.fromkeys(drawings.PRETEXT, 3)
     assert (rows["label"] == rows["subtype"]).all()
-    targets = {name for group in rendering.SUBTYPES.values() for name in group}
-    assert not targets & set(rendering.PRETEXT)
-    assert not set(rendering.SUBTYPES) & set(rendering.PRETEXT)
+    targets = {name for group in drawings.SUBTYPES.values() for name in group}
+    assert not targets & set(drawings.PRETEXT)
+    assert not set(drawings.SUBTYPES) & set(drawings.PRETEXT)

@@ -28,8 +28,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OneHotEncoder
 from tqdm.auto import tqdm
 
-from helpers import rendering
-from helpers.runtime import data_root, folder
+from support import drawings
+from support.stored import data_root, folder
 
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -90,8 +90,8 @@ def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
     They lie in data/derived/rendered/<key>/ beside their manifest.csv. The key is made of the
     renderer and the plan, so that another renderer or another plan draws other files.
     """
-    manifest = rendering.plan(seed, n_train=n_train, n_test=n_test)
-    renderer = Path(rendering.__file__).read_bytes() + rendering.MESH_FILE.read_bytes()
+    manifest = drawings.plan(seed, n_train=n_train, n_test=n_test)
+    renderer = Path(drawings.__file__).read_bytes() + drawings.MESH_FILE.read_bytes()
     plan = f"{seed} {size} {manifest.to_csv()}".encode()
     home = folder("data", "derived", "rendered") / hashlib.sha256(renderer + plan).hexdigest()[:16]
     manifest.insert(1, "path", [str(home / f"{id}.png") for id in manifest["id"]])
@@ -107,7 +107,7 @@ def _draw(manifest, home, seed, size):
     partial.mkdir()
 
     def draw(row):
-        picture = rendering.draw(row, seed=seed, size=size)
+        picture = drawings.draw(row, seed=seed, size=size)
         cv2.imwrite(str(partial / Path(row["path"]).name), picture[..., ::-1])
 
     jobs = [joblib.delayed(draw)(row) for row in manifest.to_dict("records")]

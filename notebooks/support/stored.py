@@ -1,75 +1,15 @@
-"""The first call of every notebook: quiet logs, seeds, float64, and where files live."""
+"""Where files live, and results that are kept on disk: a run that was cut off goes on from them."""
 
 import hashlib
 import os
-import random
-import sys
 import warnings
 import zipfile
 import zlib
-from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
-import tqdm.auto
 
-ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ("demo", "real", "thesis")
-
-
-def start(profile="demo", seed=0, *, threads=None):
-    """Prepare a notebook's kernel; call it before anything imports TensorFlow.
-
-    Mathematics runs in float64. In `demo` oneDNN is off and operations are deterministic, so that
-    results hardly differ from one CPU to the next; the other profiles keep oneDNN, which makes
-    backbones two to three times faster. What the environment sets stands above both. `threads` = 1
-    adds all sums in one order: where the training of a network ends can hang on their last digit.
-    """
-    if profile not in PROFILES:
-        raise ValueError(f"profile='{profile}' is not known; choose one of {', '.join(PROFILES)}.")
-    settings = {
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "TF_ENABLE_ONEDNN_OPTS": "0" if profile == "demo" else "1",
-    }
-    late = [name for name in settings if name not in os.environ]
-    if late and "tensorflow" in sys.modules:
-        raise RuntimeError(
-            f"TensorFlow is already imported, too late for {', '.join(late)}: restart the kernel "
-            "and call runtime.start first, before any helper but `runtime` is imported."
-        )
-    os.environ.update({name: settings[name] for name in late})
-    keras_home = named_folder("KERAS_HOME")
-    os.environ.pop("KERAS_HOME", None)
-    if keras_home:
-        os.environ["KERAS_HOME"] = str(keras_home)
-    import keras
-    import tensorflow as tf
-
-    if threads:
-        import scipy.linalg  # noqa: F401  its BLAS is limited too, once it is loaded
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(threads)
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
-    tf.get_logger().setLevel("ERROR")
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")  # Keras freezes its first policy; floatx is not enough
-    keras.utils.set_random_seed(seed)
-    random.seed(seed)
-    if profile == "demo":
-        tf.config.experimental.enable_op_determinism()
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    warnings.filterwarnings("ignore", message=".*IProgress.*")
-    if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not heed
-        tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    plt.rcParams.update(
-        {"figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True}
-    )
-    np.set_printoptions(precision=3, suppress=True)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def named_folder(variable):
