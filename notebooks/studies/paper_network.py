@@ -1,0 +1,270 @@
+"""Notebook 06: Figure 2, right, of Koh & Liang (2017) by the paper's own protocol.
+
+The network stands where Adam in batches left it, and is retrained from there without a digit, with
+Adam's averages restored and at the last learning rate: no parameter can move far, so the actual
+change is a *local* response. Time is compressed: learning rates times c, steps divided by c.
+
+n training digits, m test digits, k copies of the network trained together, p parameters; a state is
+(k, 3, p): the parameters and Adam's two running averages. Changes of losses are in nats.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from scipy import stats
+from tqdm.auto import tqdm
+
+from helpers import curvature, influence
+from helpers.objective import Objective
+from studies.networks import mnist
+from support import datasets, models, stored
+
+STAGES = {1e-4: 110_000, 1e-5: 110_000, 1e-6: 280_000}  # learning rate: steps at it
+LOOKS = (1_000, 3_000, 10_000, 30_000)  # steps of a retraining; the paper's are 30,000
+TOGETHER = 5  # copies trained together; more do not fit the cache
+
+
+def tenth(source, n, *, seed=0):
+    """Return MNIST as Arrays of images (n, 28, 28, 1), with n training digits drawn at random.
+
+    From 55,000, n = 5,500 and seed = 0, these are the very digits of the released code.
+    """
+    digits = mnist(source, 28)
+    some = np.random.RandomState(seed).permutation(len(digits.x_train))[:n]
+    return digits._replace(x_train=digits.x_train[some], y_train=digits.y_train[some])
+
+
+@dataclass(frozen=True, eq=False)
+class Protocol:
+    """The paper's network, training and retraining; long results are kept.
+
+    digits : training digits as images (n, side, side, 1), all test digits.
+    batch : digits a step of Adam sees; c : compression of the training.
+    keep : as `stored.checkpoint` returns it.
+    """
+
+    digits: datasets.Arrays
+    width: int = 8
+    weight_decay: float = 1e-3
+    batch: int = 500
+    c: int = 1
+    damping: float = 0.01
+    dtype: str = "float32"
+    keep: Callable = stored.keep_nothing
+
+    @cached_property
+    def model(self):
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(self.dtype)
+        try:
+            return models.all_cnn(self.digits.x_train.shape[1], width=self.width)
+        finally:
+            keras.config.set_dtype_policy(before)
+
+    def start(self, seeds):
+        """Return the states (k, 3, p) of untrained networks.
+
+        Kernels are normal, cut off at two standard deviations: 2 / sqrt(inputs) of a convolution,
+        1 / sqrt(inputs) of the last layer; biases are zero.
+        """
+        shapes = [tuple(v.shape) for v in self.model.trainable_variables]
+
+        def draw(shape, rng):
+            deviation = (2 if len(shape) == 4 else 1) / np.sqrt(np.prod(shape[:-1]))
+            cut = stats.truncnorm.rvs(-2, 2, size=shape, random_state=rng)
+            return np.ravel(cut * deviation if len(shape) > 1 else np.zeros(shape))
+
+        rngs = [np.random.default_rng([seed, 62]) for seed in seeds]
+        theta = np.stack([np.concatenate([draw(s, rng) for s in shapes]) for rng in rngs])
+        return np.stack([theta, 0 * theta, 0 * theta], axis=1).astype(self.dtype)
+
+    def train(self, seeds):
+        """Return the states (k, 3, p) of networks after the whole of the training, and the steps.
+
+        They see the digits in the same order; a seed draws the initial parameters.
+        """
+        states, done = self.start(seeds), 0
+        for rate, steps in STAGES.items():
+            states = self._adam(states, None, rate * self.c, done, round(steps / self.c), 0)
+            done += round(steps / self.c)
+        return states, done
+
+    def retrain(self, state, removed, *, c, looks=LOOKS):
+        """Return parameters (looks, k, p) after each number of the paper's steps, without a digit.
+
+        state : (3, p), where the training ended. A digit left out has weight zero in its batch,
+        which is averaged over the others; all copies see the same batches, so the noise of the
+        batches is the same in each. removed : digits (k,); -1 leaves none out, as a control.
+        """
+        n, ends = len(self.digits.x_train), []
+        for first in tqdm(range(0, len(removed), TOGETHER), "retraining", leave=False):
+            some = np.asarray(removed[first : first + TOGETHER])
+            states, done, thetas = np.repeat(state[None], len(some), axis=0), 0, []
+            weight = (np.arange(n) != some[:, None]).astype(self.dtype)
+            for steps in np.divide(looks, c).round().astype(int):
+                states = self._adam(states, weight, 1e-6 * c, done, steps - done, 1)
+                done = steps
+                thetas.append(states[:, 0])
+            ends.append(thetas)
+        return np.concatenate(ends, axis=1)
+
+    def _adam(self, states, weight, rate, done, steps, order):
+        """Return the states after some more steps, of which `done` were made before."""
+        x, y = self.digits.x_train, self.digits.y_train
+        rng, n = np.random.default_rng([order, 63]), len(x)
+        epochs = range(-(-(done + steps) // (n // self.batch)))
+        cut = n // self.batch * self.batch  # what is left of an epoch is dropped, as in the paper
+        rows = [rng.permutation(n)[:cut].reshape(-1, self.batch) for _ in epochs]
+        rows = np.concatenate(rows)[done : done + steps].astype(np.int32)
+        weight = np.ones((len(states), n), self.dtype) if weight is None else weight
+        corrected = 0 if order else 1  # a retraining begins with averages that are long settled
+        numbers = [states, weight, rate, rows, corrected, self.weight_decay * self.decayed, x, y]
+
+        def compute():
+            data = (tf.constant(a) for a in (x.astype(self.dtype), y, weight, rows))
+            known = states, *data, tf.constant(rate, self.dtype), tf.constant(corrected * done)
+            return self._steps(*known, corrected).numpy()
+
+        return self.keep(numbers, compute)
+
+    @tf.function
+    def _steps(self, states, x, y, weight, rows, rate, done, corrected):
+        theta, m, v = tf.unstack(states, axis=1)
+        decay = self.weight_decay * tf.constant(self.decayed, self.dtype)
+        for t in tf.range(tf.shape(rows)[0]):
+            some = rows[t]
+            data = tf.gather(x, some), tf.gather(y, some), tf.gather(weight, some, axis=1)
+            gradient = self._gradients(theta, *data) + decay * theta
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            length = rate
+            if corrected:
+                k = tf.cast(done + t + 1, rate.dtype)
+                length = rate * tf.sqrt(1 - 0.999**k) / (1 - 0.9**k)
+            theta -= length * m / (tf.sqrt(v) + 1e-8)
+        return tf.stack([theta, m, v], axis=1)
+
+    @cached_property
+    def decayed(self):
+        """Which parameters decay, (p,): those of kernels, not the biases."""
+        shapes = [v.shape for v in self.model.trainable_variables]
+        return np.concatenate([np.full(np.prod(s), float(len(s) > 1)) for s in shapes])
+
+    def _gradients(self, theta, x, y, weight):
+        """Return the gradients (k, p) of the mean losses of one batch, weight (k, b).
+
+        A few digits at a time, so that the activations stay in the processor's cache.
+        """
+        if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0" and len(theta) > 1:
+            alone = zip(tf.split(theta, len(theta)), tf.split(weight, len(theta)), strict=True)
+            return tf.concat([self._gradients(one, x, y, w) for one, w in alone], 0)
+        rows, total = max(20, 160 // len(theta)), tf.zeros_like(theta)
+        for first in tf.range(0, tf.shape(y)[0], rows):
+            part = slice(first, first + rows)
+            with tf.GradientTape() as tape:
+                tape.watch(theta)
+                outputs = self._outputs(theta, x[part])
+                labels = tf.repeat(y[None, part], len(theta), axis=0)
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs)
+                value = tf.reduce_sum(weight[:, part] * losses)
+            total += tape.gradient(value, theta)
+        return total / tf.reduce_sum(weight, axis=1, keepdims=True)
+
+    def _outputs(self, theta, x):
+        """Return the logits (k, b, classes) of copies with parameters theta (k, p).
+
+        The copies lie side by side along the channels: a convolution of all is one of k groups.
+        """
+        k, shapes = len(theta), [v.shape for v in self.model.trainable_variables]
+        flat = tf.split(theta, [int(np.prod(s)) for s in shapes], axis=1)
+        parts = (tf.reshape(f, (k, *s)) for f, s in zip(flat, shapes, strict=True))
+        for layer in self.model.layers[:-2]:
+            kernel, bias = next(parts), next(parts)
+            kernel = tf.reshape(tf.transpose(kernel, (1, 2, 3, 0, 4)), (*kernel.shape[1:4], -1))
+            bias = tf.reshape(bias, [-1])
+            x = tf.tanh(tf.nn.conv2d(x, kernel, layer.strides, "VALID") + bias)
+        x = tf.reshape(tf.reduce_mean(x, (1, 2)), (-1, k, x.shape[-1] // k))
+        return tf.matmul(tf.transpose(x, (1, 0, 2)), next(parts)) + next(parts)[:, None]
+
+    # ---------------------------------------------------------------- judged
+
+    def objective(self, theta):
+        """Return the Objective of the network at parameters (p,), its kernels decayed."""
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        data = loss, self.digits.x_train, self.digits.y_train
+        objective = Objective(self.model, *data, weight_decay=self.weight_decay)
+        objective.theta = theta
+        return objective
+
+    def predicted(self, theta, rows):
+        """Return predicted changes (m, n) of test digits by CG on H + damping I."""
+
+        def compute():
+            objective = self.objective(theta)
+            gradients = curvature.per_example_gradients(objective, *self.test(rows)).T
+            solution = influence.ihvp(objective, gradients, solver="cg", damping=self.damping)
+            print(solution)
+            return influence.predicted_loss_change(objective, solution)
+
+        x, y, *test = self.digits.x_train, self.digits.y_train, *self.test(rows)
+        return self.keep([theta, self.damping, self.weight_decay, x, y, *test], compute)
+
+    def test(self, rows):
+        """Return test digits (m, side, side, 1) and their labels."""
+        return self.digits.x_test[rows], self.digits.y_test[rows]
+
+    def losses(self, thetas, rows):
+        """Return the losses (m, k) of test digits with parameters thetas (k, p)."""
+        objective, found = self.objective(thetas[0]), []
+        for objective.theta in thetas:
+            found.append(objective.losses(*self.test(rows)))
+        return np.stack(found, axis=1)
+
+    def judges(self, theta, seed, n_right=3, n_wrong=2, least_loss=0.1):
+        """Return test digits (m,) drawn at random: some named right, some wrong; and the accuracy.
+
+        Those named right have a loss of at least `least_loss` nats: a digit the network is sure of
+        has a gradient near zero, and no training digit matters for it.
+        """
+        objective = self.objective(theta)
+        losses = objective.losses(self.digits.x_test, self.digits.y_test)
+        guess = self.model.predict(self.digits.x_test, verbose=0).argmax(1)
+        right, rng = guess == self.digits.y_test, np.random.default_rng([seed, 64])
+        kinds = (right & (losses >= least_loss), n_right), (~right, n_wrong)
+        drawn = [rng.choice(np.flatnonzero(of), k, replace=False) for of, k in kinds]
+        return np.concatenate(drawn), right.mean()
+
+
+class Response(NamedTuple):
+    """Agreement of predicted with actual changes over one digit's removals.
+
+    mean : Pearson's r; interval : 95 %, bootstrap over removals; slope : least-squares slope of
+    actual on predicted, with an intercept, so that a constant such as the control's drift changes
+    neither.
+    """
+
+    mean: float
+    interval: list
+    slope: float
+
+
+def response(predicted, actual, seed=0):
+    """Return the Response of two vectors (k,) of changes."""
+    predicted, actual = np.asarray(predicted), np.asarray(actual)
+    r, slope = stats.pearsonr(predicted, actual).statistic, stats.linregress(predicted, actual)[0]
+    found = stats.bootstrap(
+        (predicted, actual),
+        lambda a, b: stats.pearsonr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng([seed, 65]),
+    )
+    return Response(float(r), [float(end) for end in found.confidence_interval], float(slope))
