@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -239,32 +238,3 @@ class Protocol:
         kinds = (right & (losses >= least_loss), n_right), (~right, n_wrong)
         drawn = [rng.choice(np.flatnonzero(of), k, replace=False) for of, k in kinds]
         return np.concatenate(drawn), right.mean()
-
-
-class Response(NamedTuple):
-    """Agreement of predicted with actual changes over one digit's removals.
-
-    mean : Pearson's r; interval : 95 %, bootstrap over removals; slope : least-squares slope of
-    actual on predicted, with an intercept, so that a constant such as the control's drift changes
-    neither.
-    """
-
-    mean: float
-    interval: list
-    slope: float
-
-
-def response(predicted, actual, seed=0):
-    """Return the Response of two vectors (k,) of changes."""
-    predicted, actual = np.asarray(predicted), np.asarray(actual)
-    r, slope = stats.pearsonr(predicted, actual).statistic, stats.linregress(predicted, actual)[0]
-    found = stats.bootstrap(
-        (predicted, actual),
-        lambda a, b: stats.pearsonr(a, b).statistic,
-        paired=True,
-        vectorized=False,
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng([seed, 65]),
-    )
-    return Response(float(r), [float(end) for end in found.confidence_interval], float(slope))
