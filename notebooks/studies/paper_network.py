@@ -9,8 +9,9 @@ n training digits, m test digits, k copies of the network trained together, p pa
 """
 
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import keras
@@ -19,9 +20,10 @@ import tensorflow as tf
 from scipy import stats
 from tqdm.auto import tqdm
 
-from helpers import curvature, influence
+from helpers import curvature, ekfac, influence, spectrum
 from helpers.objective import Objective
-from studies.networks import mnist
+from studies import networks
+from studies.network_retraining import NetworkRemovals
 from support import datasets, models, stored
 
 STAGES = {1e-4: 110_000, 1e-5: 110_000, 1e-6: 280_000}  # learning rate: steps at it
@@ -34,7 +36,7 @@ def tenth(source, n, *, seed=0):
 
     From 55,000, n = 5,500 and seed = 0, these are the very digits of the released code.
     """
-    digits = mnist(source, 28)
+    digits = networks.mnist(source, 28)
     some = np.random.RandomState(seed).permutation(len(digits.x_train))[:n]
     return digits._replace(x_train=digits.x_train[some], y_train=digits.y_train[some])
 
@@ -193,30 +195,91 @@ class Protocol:
 
     # ---------------------------------------------------------------- judged
 
-    def objective(self, theta):
-        """Return the Objective of the network at parameters (p,), its kernels decayed."""
+    def objective(self, theta, **options):
+        """Return the Objective of the network at parameters (p,), its kernels decayed.
+
+        None leaves the parameters as they are.
+        """
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         data = loss, self.digits.x_train, self.digits.y_train
-        objective = Objective(self.model, *data, weight_decay=self.weight_decay)
-        objective.theta = theta
+        objective = Objective(self.model, *data, weight_decay=self.weight_decay, **options)
+        if theta is not None:
+            objective.theta = theta
         return objective
 
-    def predicted(self, theta, rows):
-        """Return predicted changes (m, n) of test digits by CG on H + damping I."""
+    def predicted(self, theta, rows, *, gauss_newton=False):
+        """Return predicted changes (m, n) of test digits by CG on H + damping I, or on G."""
 
         def compute():
             objective = self.objective(theta)
             gradients = curvature.per_example_gradients(objective, *self.test(rows)).T
-            solution = influence.ihvp(objective, gradients, solver="cg", damping=self.damping)
-            print(solution)
-            return influence.predicted_loss_change(objective, solution)
+            how = {"damping": self.damping, "gauss_newton": gauss_newton}
+            with warnings.catch_warnings():  # `lowest_curvature` says whether H + damping I is one
+                warnings.simplefilter("ignore")
+                solution = influence.ihvp(objective, gradients, solver="cg", **how)
+                return influence.predicted_loss_change(objective, solution)
 
+        matrix = ["Gauss-Newton"] if gauss_newton else []
+        return self.keep([*self._judged(theta, rows), *matrix], compute)
+
+    def _judged(self, theta, rows):
         x, y, *test = self.digits.x_train, self.digits.y_train, *self.test(rows)
-        return self.keep([theta, self.damping, self.weight_decay, x, y, *test], compute)
+        return theta, self.damping, self.weight_decay, x, y, *test
+
+    def lowest_curvature(self, theta):
+        """Return the smallest eigenvalue of H at theta that 40 steps of Lanczos find."""
+        numbers = [theta, self.weight_decay, self.digits.x_train, "lowest"]
+        found = self.keep(numbers, lambda: spectrum.spectrum(self.objective(theta)).lambda_min)
+        return float(found)
+
+    def held_near(self, theta, removed, rows):
+        """Return, of the network held near theta, predicted changes and actual ones, (m, k) both.
+
+        Gauss-Newton influence, and the proximal Bregman response with the same damping, in float64;
+        third value: the Refits.
+        """
+        exact, test = replace(self, dtype="float64"), self.test(rows)
+        objective, theta = exact.objective(theta), theta.astype(np.float64)
+        of_g = ["G", *self._judged(theta, rows)]
+        g = self.keep(of_g, lambda: curvature.dense_gauss_newton(objective))
+        removals = NetworkRemovals(objective, g, damping=self.damping)
+        held = removals.proximal(removed, self.damping, tol=1e-7, checkpoint=self.keep)
+        first = networks.predicted(objective, g, *test, damping=self.damping)
+        return first[:, removed], removals.loss_change(held.thetas, *test), held
+
+    def cheaper(self, theta, rows, *, lissa_depth=1000, lissa_batch=100):
+        """Return {method: (predicted changes (m, n), cost)} of what a larger network could afford.
+
+        The cost is in gradients of all training digits, a product with H being two; changes are
+        None where a method diverged.
+        """
+        objective, (x, y), n = self.objective(theta), self.test(rows), len(self.digits.x_train)
+        gradients, shift = curvature.per_example_gradients(objective, x, y).T, self.damping
+        change, classes = influence.predicted_loss_change, 10
+        last = self.objective(None, parameters="last_layer")
+        how = {"depth": lissa_depth, "batch_size": min(lissa_batch, n), "rtol": 1.0}
+        found = {
+            "EK-FAC": (ekfac.EKFAC(objective, damping=shift).solve(gradients), 2 * (1 + classes)),
+            "gradients alone": (gradients / shift, 0),
+        }
+        found = {name: (change(objective, s), cost + 1) for name, (s, cost) in found.items()}
+        of_last = influence.s_test(last, x, y, damping=shift)
+        found["last layer"] = change(last, of_last), 1
+        cost = 2 * lissa_depth * how["batch_size"] / n + 1
+        try:
+            solution = influence.ihvp(objective, gradients, solver="lissa", damping=shift, **how)
+            found["LiSSA"] = change(objective, solution.x), cost
+        except FloatingPointError:
+            found["LiSSA"] = None, cost
+        return found
 
     def test(self, rows):
         """Return test digits (m, side, side, 1) and their labels."""
         return self.digits.x_test[rows], self.digits.y_test[rows]
+
+    def change(self, thetas, before, rows):
+        """Return the changes (m, k) of test losses from parameters `before` (p,) to (k, p)."""
+        return self.losses(thetas, rows) - self.losses(before[None], rows)
 
     def losses(self, thetas, rows):
         """Return the losses (m, k) of test digits with parameters thetas (k, p)."""
