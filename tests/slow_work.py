@@ -19,8 +19,8 @@ import keras
 import numpy as np
 
 from support import datasets, features, models
-from helpers import retraining
-from helpers.objective import Objective
+from helpers import Objective, Removals, fit_head
+from studies import leave_one_out
 
 kind, folder, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 print("ready", flush=True)
@@ -47,8 +47,8 @@ def slow_refits():
     x, y = rng.normal(size=(40, 3)), rng.integers(0, 2, 40).astype(float)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     objective = Objective(models.linear_head(3), loss, x, y, weight_decay=0.1)
-    retraining.fit_head(objective)
-    removals = retraining.Removals(objective)
+    fit_head(objective)
+    removals = Removals(objective)
     exact = removals._exact
 
     def slowly(*arguments):
@@ -56,7 +56,7 @@ def slow_refits():
         return exact(*arguments)
 
     removals._exact = slowly
-    return removals.exact(np.arange(40), batch=2, checkpoint=stored.checkpoint(folder))
+    return leave_one_out.refits(removals, np.arange(40), stored.checkpoint(folder), size=2)
 
 
 np.save(folder / "result.npy", {"features": slow_features, "refits": slow_refits}[kind]())

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from conftest import BINARY
 
-from helpers import influence, retraining
-from helpers.objective import Objective
+from helpers import Objective, fit_head, influence_wrt_input, s_test
 from studies import attacks
 from support import models, stored
 from support.features import Backbone
@@ -35,7 +34,7 @@ def setting():
     scores = phi @ rng.normal(size=9)
     y = (scores > np.median(scores)).astype(float)
     objective = Objective(models.linear_head(9), BINARY, phi[:60], y[:60], weight_decay=1e-3)
-    retraining.fit_head(objective)
+    fit_head(objective)
     return attacks.Attacks(objective, backbone, images[:60], phi[60:], y[60:], batch=4)
 
 
@@ -57,7 +56,7 @@ def test_the_pull_is_the_derivative_of_the_influence_in_the_pixels(setting):
     head.kernel.assign(setting.theta[:, None])
     images = setting.images.astype(float)
     objective = Objective(whole, BINARY, images, setting.y, parameters="last_layer")
-    reference = influence.influence_wrt_input(objective, s, images[rows], setting.y[rows])
+    reference = influence_wrt_input(objective, s, images[rows], setting.y[rows])
     np.testing.assert_allclose(ours, reference, rtol=1e-9, atol=1e-14)
 
 
@@ -90,7 +89,7 @@ def replaced(setting, carriers, phi):
     x = setting.phi.copy()
     x[carriers] = phi
     objective = Objective(models.linear_head(9), BINARY, x, setting.y, weight_decay=1e-3)
-    retraining.fit_head(objective)
+    fit_head(objective)
     return objective
 
 
@@ -110,7 +109,7 @@ def test_refits_together_equal_refits_one_by_one(setting):
 def test_directions_at_the_clean_head_are_s_test(setting):
     for tests, ours in zip(TARGETS, setting.directions(TARGETS).T, strict=True):
         x, y = setting.x_test[tests], setting.y_test[tests]
-        reference = influence.s_test(setting.objective, x, y, damping=0.0).x.mean(1)
+        reference = s_test(setting.objective, x, y, damping=0.0).x.mean(1)
         np.testing.assert_allclose(ours, reference, rtol=1e-8, atol=1e-12)
 
 
@@ -209,6 +208,6 @@ def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():
 def test_a_head_with_a_bias_is_refused(setting):
     head = models.linear_head(9, use_bias=True)
     objective = Objective(head, BINARY, setting.phi, setting.y, weight_decay=1e-3, decayed="all")
-    retraining.fit_head(objective)
+    fit_head(objective)
     with pytest.raises(ValueError, match="without a bias"):
         attacks.Attacks(objective, setting.backbone, setting.images, setting.x_test, setting.y_test)

@@ -9,7 +9,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers import retraining
+from helpers import Objective, Removals, fit_head
+from studies import leave_one_out
 from support import cluster, stored
 
 
@@ -23,7 +24,6 @@ def removals():
     """Refits of a small head; the same wherever it is called."""
     import keras
 
-    from helpers.objective import Objective
     from support import models
 
     keras.config.set_dtype_policy("float64")
@@ -31,8 +31,8 @@ def removals():
     x, y = rng.normal(size=(60, 3)), rng.integers(0, 2, 60).astype(float)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     objective = Objective(models.linear_head(3), loss, x, y, weight_decay=0.1)
-    retraining.fit_head(objective)
-    return retraining.Removals(objective)
+    fit_head(objective)
+    return Removals(objective)
 
 
 def refit(folder, seconds):
@@ -42,7 +42,7 @@ def refit(folder, seconds):
     def task(rows):
         time.sleep(seconds)
         (folder / f"{rows[0]}.{os.getpid()}.tried").touch()
-        return build().exact(rows, checkpoint=stored.checkpoint(folder))
+        return leave_one_out.refits(build(), rows, stored.checkpoint(folder))
 
     return task
 

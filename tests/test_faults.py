@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from conftest import BINARY, SOFTMAX
 
-from helpers import influence, retraining
-from helpers.objective import Objective
+from helpers import Objective, Removals, fit_head, s_test
 from support import features, models, run, stored
 
 SCRIPT = Path(__file__).with_name("slow_work.py")
@@ -151,15 +150,15 @@ def check(x, y, x_test, y_test, atol=1e-9):
     """Compare the exact refits of five removals with scikit-learn's, and s_test with NumPy's."""
     x64, t64 = x.astype(float), x_test.astype(float)
     objective = Objective(models.linear_head(x.shape[1]), BINARY, x, y, weight_decay=1e-2)
-    assert retraining.fit_head(objective).converged
+    assert fit_head(objective).converged
     theta, n = objective.theta, len(y)
     p, p_test = (1 / (1 + np.exp(-a @ theta)) for a in (x64, t64))
     assert np.linalg.norm(x64.T @ (p - y) / n + 1e-2 * theta) <= 1e-9
     h = (x64.T * (p * (1 - p) / n)) @ x64 + 1e-2 * np.eye(len(theta))
     expected = np.linalg.solve(h, t64.T * (p_test - y_test))
-    found = influence.s_test(objective, x_test, y_test).x
+    found = s_test(objective, x_test, y_test).x
     np.testing.assert_allclose(found, expected, atol=atol * np.abs(expected).max())
-    removals = retraining.Removals(objective)
+    removals = Removals(objective)
     for i, refit in enumerate(removals.exact(np.arange(5)).T):
         keep = np.arange(n) != i
         left = 1 / (1 + np.exp(-x64[keep] @ refit)) - y[keep]
@@ -227,4 +226,4 @@ def test_separable_classes_without_weight_decay():
     x, *_ = data()
     objective = Objective(models.linear_head(5), BINARY, x, (x[:, 0] > 0) * 1.0, weight_decay=0.0)
     with pytest.raises(ValueError, match="weight_decay > 0"):
-        retraining.fit_head(objective)
+        fit_head(objective)

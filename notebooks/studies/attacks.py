@@ -24,8 +24,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from helpers import influence, retraining
-from helpers.objective import Objective
+from helpers import CG, Objective, Removals, influence_wrt_input, s_test
 from studies.many_fits import Replacements
 from support import backbone as demo
 from support import datasets, features, vehicles
@@ -408,7 +407,7 @@ def self_influence_places(data, attacker, carriers, pictures, weight_decay):
     """
 
     def place(objective, i):
-        own = retraining.Removals(objective).self_influence()
+        own = Removals(objective).self_influence()
         return (own > own[i]).sum() + 1
 
     places = []
@@ -456,8 +455,8 @@ def original_step(data, attacker, i, t, weight_decay):
 
     def step():
         aim, x = (data.x_test[t], data.y_test[t]), data.x_train.copy()
-        s = influence.s_test(attacker.objective, *aim, solver="cg", damping=0.0, rtol=1e-6)
-        changed = one - 0.25 * np.sign(influence.influence_wrt_input(deep, s.x[:, 0], one, y[i]))
+        s = s_test(attacker.objective, *aim, CG(damping=0.0, rtol=1e-6))
+        changed = one - 0.25 * np.sign(influence_wrt_input(deep, s.x[:, 0], one, y[i]))
         x[i] = attacker.features(changed)[0]
         refit.fit(x, y)
 

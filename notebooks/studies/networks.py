@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import curvature, influence, solvers
-from helpers.objective import Objective
+from helpers import Cholesky, GaussNewton, Hessian, Objective, predicted_loss_change, solve
+from helpers.gradients import per_example_gradients
 from studies.network_retraining import NetworkRemovals, polish
 from support import datasets, evaluation, models, stored
 
@@ -84,7 +84,7 @@ class Recipe:
         unfinished, data = objective.theta, (self.weight_decay, rows, self.digits.x_train[rows])
         objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective).theta)
         of_hessian = ["Hessian", objective.theta, *data]
-        hessian = self.keep(of_hessian, lambda: curvature.dense_hessian(objective))
+        hessian = self.keep(of_hessian, lambda: Hessian(objective).dense())
         return Network(objective, hessian, unfinished)
 
     def judges(self, objective):
@@ -137,9 +137,9 @@ class Recipe:
 
 def predicted(objective, matrix, x_test, y_test, *, damping=0.0):
     """Return predicted changes (m, n) with a Hessian (p, p) or what stands in for it."""
-    gradients = curvature.per_example_gradients(objective, x_test, y_test).T
-    solution = solvers.solve_cholesky(matrix, gradients, damping=damping)
-    return influence.predicted_loss_change(objective, solution)
+    gradients = per_example_gradients(objective, x_test, y_test).T
+    solution = solve(matrix, gradients, Cholesky(damping))
+    return predicted_loss_change(objective, solution)
 
 
 def where_adam_stopped(network, removed, x_test, y_test, *, steps=20):
@@ -151,7 +151,7 @@ def where_adam_stopped(network, removed, x_test, y_test, *, steps=20):
     objective, minimum = network.objective, network.objective.theta
     objective.theta = network.unfinished
     try:
-        g = curvature.dense_gauss_newton(objective)
+        g = GaussNewton(objective).dense()
         without, short = NetworkRemovals(objective, g), {"rounds": 1, "steps": steps}
         moved = without.retrain(removed, **short), without.retrain([0], fraction=0.0, **short)
         changes = [without.loss_change(refits.thetas, x_test, y_test) for refits in moved]

@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import retraining
-from helpers.objective import Objective
+from helpers import Objective, fit_head
 from support import datasets, stored
 from support.models import linear_head
 
@@ -74,7 +73,7 @@ def fitted_head(data, weight_decay):
     logistic = keras.losses.BinaryCrossentropy(from_logits=True)
     model = linear_head(data.x_train.shape[1])
     objective = Objective(model, logistic, data.x_train, data.y_train, weight_decay=weight_decay)
-    fit = retraining.fit_head(objective)
+    fit = fit_head(objective)
     if not fit.converged:
         raise ValueError(f"The head did not converge ({fit}): raise the weight decay.")
     return objective
