@@ -18,10 +18,10 @@ Layers, top to bottom; an import may only point down:
     keras_facts, linalg
 """
 
-from helpers.ekfac import EKFAC
-from helpers.fit import fit_head
-from helpers.hessian import GaussNewton, Hessian
-from helpers.influence import (
+from .ekfac import EKFAC
+from .fit import fit_head
+from .hessian import GaussNewton, Hessian
+from .influence import (
     influence_on_loss,
     influence_wrt_input,
     most_influential,
@@ -29,10 +29,10 @@ from helpers.influence import (
     s_test,
     self_influence,
 )
-from helpers.objective import Objective
-from helpers.removals import Removals
-from helpers.solvers import CG, Cholesky, Eigh, LiSSA, LowRank, solve
-from helpers.spectrum import choose_damping
+from .objective import Objective
+from .removals import Removals
+from .solvers import CG, Cholesky, Eigh, LiSSA, LowRank, solve
+from .spectrum import choose_damping
 
 __all__ = [
     "CG",

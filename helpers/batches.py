@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import checks
+from . import checks
 
 
 class Batches:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
+from . import keras_facts
 
 
 def number(name, value, *, positive=False):

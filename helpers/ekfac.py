@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
-from helpers.gradients import map_rows
-from helpers.hessian import output_factors
-from helpers.objective import compiled
-from helpers.solvers import Solver
+from . import keras_facts
+from .gradients import map_rows
+from .hessian import output_factors
+from .objective import compiled
+from .solvers import Solver
 
 
 @dataclass(frozen=True)

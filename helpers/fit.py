@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse.linalg
 
-from helpers import checks
-from helpers.linalg import Factor
+from . import checks
+from .linalg import Factor
 
 DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
 

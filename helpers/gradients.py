@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
-from helpers.linalg import gemm
-from helpers.objective import compiled
+from . import keras_facts
+from .linalg import gemm
+from .objective import compiled
 
 XLA_ROWS = 100  # below that many examples, compiling costs more than it saves
 

@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from helpers import keras_facts
-from helpers.linalg import gemm, gram
+from . import keras_facts
+from .linalg import gemm, gram
 
 
 class Head:

@@ -14,8 +14,8 @@ import tensorflow as tf
 from scipy.sparse.linalg import LinearOperator
 from tqdm.auto import tqdm
 
-from helpers import keras_facts
-from helpers.gradients import (
+from . import keras_facts
+from .gradients import (
     along,
     by_differences,
     is_vectorisable,
@@ -24,7 +24,7 @@ from helpers.gradients import (
     rows_at_once,
     sum_of_products,
 )
-from helpers.objective import Objective, compiled
+from .objective import Objective, compiled
 
 
 class Symmetric(LinearOperator):

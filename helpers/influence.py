@@ -10,18 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from helpers import checks
-from helpers.gradients import (
-    along,
-    blocks_of_dots,
-    by_differences,
-    per_example_gradients,
-    sum_of_products,
-)
-from helpers.hessian import as_operator
-from helpers.linalg import Factor, damped
-from helpers.objective import compiled
-from helpers.solvers import Solution, solve
+from . import checks
+from .gradients import along, blocks_of_dots, by_differences, per_example_gradients, sum_of_products
+from .hessian import as_operator
+from .linalg import Factor, damped
+from .objective import compiled
+from .solvers import Solution, solve
 
 
 def s_test(H, x_test, y_test, solver=None, *, damping="auto"):

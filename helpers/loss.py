@@ -5,7 +5,7 @@ from functools import cached_property
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
+from . import keras_facts
 
 
 class ExampleLoss:

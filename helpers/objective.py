@@ -14,11 +14,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import checks, keras_facts
-from helpers import parameters as theta_of
-from helpers.batches import Batches, arrays, one_array
-from helpers.head import Head
-from helpers.loss import ExampleLoss
+from . import checks, keras_facts
+from . import parameters as theta_of
+from .batches import Batches, arrays, one_array
+from .head import Head
+from .loss import ExampleLoss
 
 if keras.backend.backend() != "tensorflow":
     raise RuntimeError(

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from helpers import checks, keras_facts
+from . import checks, keras_facts
 
 
 def selected(model, parameters, x):

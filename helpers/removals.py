@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from helpers import checks
-from helpers.fit import factor_of, head_of, newton, newton_direction
-from helpers.linalg import gemm
+from . import checks
+from .fit import factor_of, head_of, newton, newton_direction
+from .linalg import gemm
 
 
 class Removals:

@@ -19,11 +19,11 @@ import scipy.linalg
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers import checks
-from helpers.gradients import by_differences, is_vectorisable
-from helpers.hessian import GaussNewton, as_operator
-from helpers.linalg import Factor, damped
-from helpers.spectrum import choose_damping, spectrum
+from . import checks
+from .gradients import by_differences, is_vectorisable
+from .hessian import GaussNewton, as_operator
+from .linalg import Factor, damped
+from .spectrum import choose_damping, spectrum
 
 DENSE_LIMIT = 5_000  # parameters up to which a dense matrix is formed by default: 200 MB
 

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from helpers.hessian import as_operator
+from .hessian import as_operator
 
 
 class Spectrum(NamedTuple):
