@@ -63,6 +63,8 @@ def _run(job):
     source, target, parameters = job
     os.environ["THESIS_RUNS"] = str(target.with_suffix(""))
     try:
-        run.run(source, target, parameters)
+        with run.alone(target):
+            if not target.exists():  # another process may have run it meanwhile
+                run.run(source, target, parameters)
     finally:
         del os.environ["THESIS_RUNS"]

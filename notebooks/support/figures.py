@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image
 
+from support import stored
 from support.claims import _plain as plain
 from support.stored import folder
 
@@ -23,10 +24,11 @@ def save(figure, name, profile, **numbers):
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 100))
     plt.close(figure)
-    Raster.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    small = io.BytesIO()
+    Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True)
+    stored.write(path, small.getvalue())
     if numbers:
-        text = json.dumps(plain(numbers)) + "\n"
-        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        stored.write(path.with_suffix(".json"), json.dumps(plain(numbers)) + "\n")
     return Image(path)
 
 
@@ -107,5 +109,5 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
 
 def captions(table, rows, nats):
     """Return captions for rows of a manifest: index and kind, below them the influence in nats."""
-    kinds = table["subtype"].str.replace("_", " ").iloc[rows]
+    kinds = table["subtype"].str.replace("_", " ").str.replace("$", r"\$").iloc[rows]
     return [f"{i} {k}\n{v:+.2g}" for i, k, v in zip(rows, kinds, nats, strict=True)]
