@@ -42,7 +42,7 @@ def refit(folder, seconds):
     def task(rows):
         time.sleep(seconds)
         (folder / f"{rows[0]}.{os.getpid()}.tried").touch()
-        return build().exact(rows, checkpoint=stored.checkpoint(folder))
+        return stored.checkpoint(folder)([rows], lambda: build().exact(rows))
 
     return task
 

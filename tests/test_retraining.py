@@ -9,7 +9,6 @@ from sklearn.linear_model import LogisticRegression
 from helpers import retraining
 from helpers.objective import Objective
 from studies import many_fits
-from support import stored
 
 
 def test_fit_equals_scikit_learn(binary):
@@ -136,30 +135,6 @@ def test_fits_by_conjugate_gradients_reach_the_same_minimum(name, request, monke
     theta, steps = retraining.newton(objective.head, np.zeros(objective.p), 1e-11, 100)
     assert steps < 30
     np.testing.assert_allclose(theta, expected, atol=1e-8)
-
-
-def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch):
-    """Nothing is lost, nothing is computed twice, and no number changes."""
-    removals, rows = retraining.Removals(softmax.objective), np.arange(12)
-    whole = removals.exact(rows, batch=4)
-    work, done, keep = removals._exact, [], stored.checkpoint(tmp_path)
-
-    def interrupted(part, *rest):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(part)
-        return work(part, *rest)
-
-    monkeypatch.setattr(removals, "_exact", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        removals.exact(rows, batch=4, checkpoint=keep)
-    done.clear()
-    resumed = removals.exact(rows, batch=4, checkpoint=stored.checkpoint(tmp_path))
-    assert [part.tolist() for part in done] == [[8, 9, 10, 11]]
-    np.testing.assert_array_equal(resumed, whole)
-    other = retraining.Removals(softmax.bind(weight_decay=0.02))
-    different = other.exact(rows, batch=4, checkpoint=keep)  # other data: other files
-    assert np.abs(different - whole).max() > 1e-6
 
 
 def test_group_refits_are_scikit_learns(binary):

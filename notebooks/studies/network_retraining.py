@@ -178,7 +178,8 @@ class NetworkRemovals:
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
+        same = [self.objective.model, self.objective._loss, self.objective.decay, self.theta]
+        same += [tol, rounds, steps, *numbers, *data]
 
         def one(row):
             start = self.objective, target(without=row), self.theta, factor

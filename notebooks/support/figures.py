@@ -98,9 +98,9 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
         axis.grid(False)
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, cmap="gray_r" if np.ndim(image) == 2 else None)
-        axis.set_xlabel(caption, fontsize=8, labelpad=3)
+        axis.set_xlabel(caption, fontsize=8, labelpad=3, parse_math=False)  # names of files
     for axis, text in zip(axes[:, 0], titles or [], strict=False):
-        axis.set_ylabel(text, fontsize=9)
+        axis.set_ylabel(text, fontsize=9, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=11)
     figure.file_dpi = 80  # pictures hold noise, which no compression makes small
@@ -109,5 +109,5 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
 
 def captions(table, rows, nats):
     """Return captions for rows of a manifest: index and kind, below them the influence in nats."""
-    kinds = table["subtype"].str.replace("_", " ").str.replace("$", r"\$").iloc[rows]
+    kinds = table["subtype"].str.replace("_", " ").iloc[rows]
     return [f"{i} {k}\n{v:+.2g}" for i, k, v in zip(rows, kinds, nats, strict=True)]
