@@ -87,7 +87,8 @@ def test_what_fails_is_tried_again_and_then_raised(client, tmp_path):
 
 def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_path):
     work = "from pathlib import Path\nprint('n is', n)\nPath(log).open('a').write(f'{n}\\n')\n"
-    where = f"import sys\nsys.path.insert(0, {str(stored.ROOT)!r})\nfrom helpers import runtime\n"
+    where = f"import sys\nsys.path.insert(0, {str(stored.ROOT / 'notebooks')!r})\n"
+    where += "from support import stored\n"
     where += "(stored.folder('runs', 'demo') / f'{n}.json').touch()"
     log = str(tmp_path / "log")
     cells = [nbformat.v4.new_code_cell(text) for text in ("n = 1\nlog = ''", work, where)]

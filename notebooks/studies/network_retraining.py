@@ -26,7 +26,7 @@ from helpers.curvature import (
     per_example_gradients,
 )
 from helpers.solvers import Cholesky, damped
-from support.stored import keep_nothing
+from support.stored import keep_nothing, key
 
 
 class Descent(NamedTuple):
@@ -178,8 +178,8 @@ class NetworkRemovals:
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
         x, y, weight = self.objective.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        same = [self.objective.model, self.objective._loss, self.objective.decay, self.theta]
-        same += [tol, rounds, steps, *numbers, *data]
+        made_of = key(self.objective.model, self.objective._loss)  # the model moves on the way
+        same = [made_of, self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
 
         def one(row):
             start = self.objective, target(without=row), self.theta, factor

@@ -27,10 +27,10 @@ def connect(scheduler=None, *, security=None):
     """
     if scheduler is not None:
         return Client(scheduler, timeout=10, security=security)
-    pages = {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
-    with dask.config.set(pages):
-        size = {"n_workers": os.cpu_count(), "threads_per_worker": 1}
-        client = Client(**size, host="127.0.0.1", dashboard_address=None)
+    for part in ("scheduler", "worker"):  # for good: a worker that died is replaced later
+        dask.config.set({f"distributed.{part}.http.routes": []})
+    size = {"n_workers": os.cpu_count(), "threads_per_worker": 1}
+    client = Client(**size, host="127.0.0.1", dashboard_address=None)
     client.cluster.scheduler.http_server.stop()  # it would listen at 127.0.0.1:8787 all the same
     return client
 

@@ -81,7 +81,7 @@ def verdict_page(profile):
 
 
 def _markdown_row(cells):
-    cells = [html.escape(cell, quote=False).replace("|", r"\|") for cell in cells]
+    cells = [cell.replace("<", "&lt;").replace("|", r"\|") for cell in cells]
     return f"| {' | '.join(cells)} |"
 
 
