@@ -273,6 +273,17 @@ def test_code_decides_and_comments_do_not(edit, monkeypatch):
     assert stored.key(methods.left_out) == before
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["from helpers import other", "from helpers.other import f", "import helpers.other"]
+    + ["from . import other", "from .other import f"],
+)
+def test_an_import_is_followed_however_it_is_written(line, monkeypatch):
+    for name, text in {"helpers.one": f"def work():\n    {line}", "helpers.other": "f = 1"}.items():
+        monkeypatch.setitem(stored.SOURCES, name, text)
+    assert stored._trees("helpers.one").keys() == {"helpers.one", "helpers.other"}
+
+
 def test_the_code_of_a_cell_decides_with_what_it_names(tmp_path):
     """A function of a notebook or a test, replaced by zeros, does not return the old result."""
     work, factor, keep = "def work(x):\n    return {} * x\n", 2.0, stored.checkpoint(tmp_path)

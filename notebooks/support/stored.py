@@ -235,13 +235,13 @@ def _trees(module):
     found, left = {}, {module}
     while left:
         name = left.pop()
-        found[name], imports = _tree(SOURCES[name])
+        found[name], imports = _tree(SOURCES[name], name.partition(".")[0])
         left |= (imports & SOURCES.keys()) - found.keys()
     return found
 
 
 @functools.cache
-def _tree(source):
+def _tree(source, floor):
     """Return the checksum of a source's syntax tree without docstrings, and what it imports."""
     tree, imports = ast.parse(source), set()
     for node in ast.walk(tree):
@@ -250,7 +250,8 @@ def _tree(source):
         ):
             node.body = node.body[1:]
         elif isinstance(node, ast.ImportFrom):
-            imports |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+            home = ".".join(filter(None, [floor if node.level else "", node.module]))
+            imports |= {home, *(f"{home}.{name.name}" for name in node.names)}
         elif isinstance(node, ast.Import):
             imports |= {name.name for name in node.names}
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
