@@ -273,11 +273,11 @@ def test_code_decides_and_comments_do_not(edit, monkeypatch):
     assert stored.key(methods.left_out) == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["from helpers import other", "from helpers.other import f", "import helpers.other"]
-    + ["from . import other", "from .other import f"],
-)
+IMPORTS = ["from helpers import other", "from helpers.other import f", "import helpers.other"]
+IMPORTS += ["from . import other", "from .other import f"]
+
+
+@pytest.mark.parametrize("line", IMPORTS)
 def test_an_import_is_followed_however_it_is_written(line, monkeypatch):
     for name, text in {"helpers.one": f"def work():\n    {line}", "helpers.other": "f = 1"}.items():
         monkeypatch.setitem(stored.SOURCES, name, text)
