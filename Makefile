@@ -12,10 +12,10 @@ RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
-  crosscheck peers
+  crosscheck peers clean-cache
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
 
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
@@ -75,6 +75,9 @@ crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside da
 	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python
 
 peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
+
+clean-cache:  ## delete data/derived: drawn pictures, features, everything that is kept on disk
+	rm -rf data/derived
 
 lint: .venv/ready  ## format and lint, notebooks too
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

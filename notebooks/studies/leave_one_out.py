@@ -31,7 +31,8 @@ def refits(removals, rows, keep, size=500):
     removals : of a head; keep : a `stored.checkpoint`, so that a run goes on where it was.
     """
     head, parts = removals.head, np.split(rows, range(size, len(rows), size))
-    same = [removals.theta, head.decay, head.phi, head.y, head.weight]
+    loss = removals.objective.loss.object
+    same = [loss, removals.theta, head.decay, head.phi, head.y, head.weight]
     ends = [keep([*same, part], partial(removals.exact, part)) for part in parts]
     return np.concatenate(ends, axis=1)
 

@@ -21,7 +21,7 @@ from helpers.gradients import output_slopes, per_example_gradients
 from helpers.hessian import curvature_factors
 from helpers.linalg import Factor, damped
 from helpers.objective import compiled
-from support.stored import keep_nothing
+from support.stored import keep_nothing, key
 
 
 class Descent(NamedTuple):
@@ -173,7 +173,10 @@ class NetworkRemovals:
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
         x, y, weight = self.objective.data.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
+        made_of = key(
+            self.objective.model, self.objective.loss.object
+        )  # the model moves on the way
+        same = [made_of, self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
 
         def one(row):
             start = self.objective, target(without=row), self.theta, factor

@@ -81,7 +81,8 @@ class Recipe:
         network = self.network(draw)
         self.train(network, rows)
         objective = self.objective(network, rows)
-        unfinished, data = objective.theta, (self.weight_decay, rows, self.digits.x_train[rows])
+        unfinished, some = objective.theta, (self.digits.x_train[rows], self.digits.y_train[rows])
+        data = network, self.weight_decay, *some
         objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective).theta)
         of_hessian = ["Hessian", objective.theta, *data]
         hessian = self.keep(of_hessian, lambda: Hessian(objective).dense())
