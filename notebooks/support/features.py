@@ -15,7 +15,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from support import datasets
-from support.stored import ROOT, folder
+from support.stored import ROOT, folder, named_folder
 
 
 class Backbone(NamedTuple):
@@ -33,8 +33,8 @@ def load_backbone(name, *, weights="imagenet", size=None):
     name : "demo" (this project's small network, never trained on airplanes or cars), the name of a
         `keras.applications` model such as "MobileNetV2" or "InceptionV3", or the path of a
         `.keras` file that maps pictures in 0..255 to features.
-    weights : for `keras.applications`: "imagenet" (Keras' own cache, `KERAS_HOME`), a file, or None
-        for random weights.
+    weights : for `keras.applications`: "imagenet" (Keras' own cache, `KERAS_HOME`), a file, the
+        name of one in the folder "models" of KERAS_HOME, or None for random weights.
     """
     if name == "demo":
         return _in_float64(_from_file(ROOT / "data" / "embedded" / "demo_backbone.keras"))
@@ -46,6 +46,9 @@ def load_backbone(name, *, weights="imagenet", size=None):
         raise ValueError(f"No keras.applications model is called '{name}'. {', '.join(known)}")
     modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
     module = next(m for m in modules if hasattr(m, name))
+    if weights not in ("imagenet", None) and not Path(weights).exists():
+        home = named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
+        weights = home / "models" / weights
     size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
     try:
         with _float32():
@@ -54,7 +57,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
             )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"Could not load {name} with weights={weights!r}: {error}. For 'imagenet' connect to "
+            f"Could not load {name} with weights='{weights}': {error}. For 'imagenet' connect to "
             "the internet once, or put the no-top file into the folder 'models' of KERAS_HOME "
             "(~/.keras by default)."
         ) from error
