@@ -18,6 +18,7 @@ import os
 from itertools import chain
 from typing import NamedTuple
 
+import cv2
 import keras
 import numpy as np
 import tensorflow as tf
@@ -144,27 +145,34 @@ class Attacks:
         low, high = np.maximum(original - box, 0), np.minimum(original + box, 255)
         x = np.concatenate(start).astype(original.dtype)
         theta, kept, live = np.repeat(self.theta[:, None], k, 1), x.copy(), np.arange(k)
-        worst, logits, steps = np.full(k, -np.inf), [None] * k, np.zeros(k, int)
+        kept_phi, worst, steps = (
+            np.empty((len(x), len(theta))),
+            np.full(k, -np.inf),
+            np.zeros(k, int),
+        )
         for length in (*lengths, None):
             at = np.isin(owner, live)
             phi, pull = self.see(x[at])
             mine, y = np.searchsorted(live, owner[at]), self.y[rows[at]]
-            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-9)
+            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-7)
             theta[:, live] = fits.theta
-            for j in live:
-                z = self.true_logits(theta[:, j], targets[j])
-                if np.logaddexp(0, -z).sum() > worst[j]:
-                    worst[j], logits[j] = np.logaddexp(0, -z).sum(), z
-                    kept[owner == j] = x[owner == j]
-            goes_on = np.array([not stop or (logits[j] >= 0).any() for j in live])
+            z = [self.true_logits(theta[:, j], targets[j]) for j in live]
+            losses = np.array([np.logaddexp(0, -own).sum() for own in z])
+            better = losses > worst[live]
+            worst[live[better]], own = losses[better], better[mine]
+            kept[np.flatnonzero(at)[own]], kept_phi[np.flatnonzero(at)[own]] = x[at][own], phi[own]
+            goes_on = np.array([not stop or (own >= 0).any() for own in z])
             if length is None or not goes_on.any():
-                return np.split(kept, np.flatnonzero(np.diff(owner)) + 1), logits, steps
+                break
             s = self.directions([targets[j] for j in live], fits.theta, solve)
             c = cotangent(s[:, mine].T, phi, y, fits.theta[:, mine].T)
             c[~goes_on[mine]] = 0
             x[at] = np.clip(x[at] - length * np.sign(pull(c)), low[at], high[at])
             live = live[goes_on]
             steps[live] += 1
+        fits, _ = self.refits.fit(rows, owner, kept_phi)
+        logits = [self.true_logits(own, t) for own, t in zip(fits.theta.T, targets, strict=True)]
+        return np.split(kept, np.flatnonzero(np.diff(owner)) + 1), logits, steps
 
     def refitted(self, targets, carriers, pictures):
         """Return the true logits of each target after the refit, and the refits' Fits."""
@@ -258,48 +266,58 @@ class Record:
             if content["about"] != self.content["about"]:
                 raise ValueError(f"{begun} holds another attack than asked for: move it away.")
 
-    def __call__(self, attacker, tests, compute, *, at_once=8):
-        """Return the dicts of test pictures: known ones, the others by compute([tests]) -> [dict].
-
-        ValueError where a known one had another margin before the attack: it was another bed.
-        """
-        known = self.content["targets"]
-        for t in (t for t in tests if str(t) in known):
-            if abs(known[str(t)]["margin"] - attacker.margin[t]) > 0.05:
+    def known(self, attacker, tests):
+        """Return {test picture: dict} of those in the file; ValueError if it was another bed's."""
+        known = {
+            t: self.content["targets"][str(t)] for t in tests if str(t) in self.content["targets"]
+        }
+        for t, found in known.items():
+            if abs(found["margin"] - attacker.margin[t]) > 0.05:
                 raise ValueError(f"Target {t} of {self.path} had another margin: move it away.")
-        left = [t for t in tests if str(t) not in known]
-        for k in tqdm(range(0, len(left), at_once), self.path.stem, leave=False):
-            part = left[k : k + at_once]
+        return known
+
+    def fill(self, attacker, tests, compute, *, at_once=8):
+        """Write compute([tests]) -> [dict] of test pictures, so many at once, to the file."""
+        for k in tqdm(range(0, len(tests), at_once), self.path.stem, leave=False):
+            part = tests[k : k + at_once]
             for t, found in zip(part, compute(part), strict=True):
-                known[str(t)] = claims._plain({"margin": attacker.margin[t]} | found)
+                one = claims._plain({"margin": attacker.margin[t], **found})
+                self.content["targets"][str(t)] = one
             partial = self.path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self.content, indent=0) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(self.content) + "\n", encoding="utf-8")
             partial.replace(self.path)
-        return [known[str(t)] for t in tests]
 
 
-def ladders(attacker, name, profile, bed, counts, *, seed=0, better=False):
-    """Return (test pictures, what `ladder` found on each), from the Record where it knows.
+def ladders(attacker, name, profile, bed, counts, *, seed=0, better=False, go_on=True):
+    """Return (test pictures, what `ladder` found on each) of those that a Record has or gets.
 
     bed : dict of what the attacker was made from, kept in the file. counts : how many pictures of
-    the `draw` are attacked by one carrier, by up to five, and by up to ten.
+    the `draw` are attacked by one carrier, by up to five, and by up to ten, in this order; of the
+    better attacker those for ten come first. Without `go_on` only what is known is returned.
     """
-    by_one, by_five, by_ten = counts
-    tests = draw(attacker, seed, by_one)
+    tests = draw(attacker, seed, counts[0])
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
     drawn = "random order of the test pictures that the clean head names correctly"
     about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
-    record, found = Record(name, profile, about), []
-    parts = ((slice(by_ten), 6, 2), (slice(by_ten, by_five), 5, 4), (slice(by_five, by_one), 2, 20))
-    for part, stop, at_once in parts:
-        how = {"subsets": tuple(SUBSETS)[:stop], "better": better}
-        found += record(
-            attacker, tests[part], lambda t, how=how: ladder(attacker, t, **how), at_once=at_once
-        )
-    return tests, found
+    record, parts = Record(name, profile, about), list(zip(counts, (2, 5, 6), strict=True))
+    for count, stop in (parts[::-1] if better else parts) if go_on else ():
+        known, names = record.known(attacker, tests), tuple(SUBSETS)[:stop]
+        left = [
+            t
+            for t in tests[:count]
+            if t not in known or not (flipped(known[t]) or set(names) <= set(known[t]))
+        ]
+
+        def climb(some, known=known, names=names):
+            begun = [known.get(t, {}) for t in some]
+            return ladder(attacker, some, begun, subsets=names, better=better)
+
+        record.fill(attacker, left, climb)
+    known = record.known(attacker, tests)
+    return np.array([*known]), [*known.values()]
 
 
-def ladder(attacker, tests, *, better=False, subsets=tuple(SUBSETS), size=40, box=0.5):
+def ladder(attacker, tests, begun=None, *, better=False, subsets=None, size=40, box=0.5):
     """Return what attacks on single test pictures (k,) reached, a dict each.
 
     `subsets` of ten carriers in turn, until one flips the picture: {name: [margin, steps]}. As the
@@ -308,9 +326,14 @@ def ladder(attacker, tests, *, better=False, subsets=tuple(SUBSETS), size=40, bo
     steps realise (`tried`), those left out that bring less than a tenth of the best one's; a subset
     begins where the smaller ones ended; 70 steps that shorten. forecast : what each carrier would
     take off the margin to first order. passes : pictures that went through the backbone and back.
+    begun : such dicts, to which further subsets are added; those of {} are new.
     """
     targets, n, found, made = [np.array([t]) for t in tests], len(attacker.y), [], []
-    for t, target in zip(tests, targets, strict=True):
+    for t, target, old in zip(tests, targets, begun or [{}] * len(tests), strict=True):
+        if old:
+            found.append({**old, "carriers": np.array(old["carriers"])})
+            made.append({})
+            continue
         rows, scores = attacker.shortlist(target, size)
         slope = box / n * np.linalg.norm(attacker.data.x_test[t])
         found.append({"carriers": rows[:10], "forecast": slope * scores[:10], "passes": size})
@@ -325,10 +348,10 @@ def ladder(attacker, tests, *, better=False, subsets=tuple(SUBSETS), size=40, bo
             found[-1] |= {"carriers": rows[order[:10]], "tried": rows[:12], "falls": falls}
             found[-1]["passes"] += (short.steps + 1).sum()
     lengths = np.multiply(FALLING, box / 0.5) if better else ORIGINAL
-    for name in subsets:
-        live = [j for j, one in enumerate(found) if not flipped(one)]
+    for name in SUBSETS if subsets is None else subsets:
+        live = [j for j, one in enumerate(found) if not flipped(one) and name not in one]
         if not live:
-            break
+            continue
         tried = [found[j]["carriers"][SUBSETS[name]] for j in live]
         start = [
             np.stack([made[j].get(i, attacker.images[i]) for i in own])
@@ -349,3 +372,21 @@ def flipped(found, count=10):
     alone = {name: 1 for name in ("1st", "2nd")}
     subsets = [name for name in SUBSETS if alone.get(name, 0) or int(name) <= count]
     return any(found[name][0] < 0 for name in subsets if name in found)
+
+
+def saved(picture, original):
+    """Return a picture in whole levels; what lies half-way between two keeps the original's.
+
+    So a change of half a level, the paper's box, is one that 8 bits do not hold.
+    """
+    change = picture.astype(float) - original
+    return original + np.sign(change) * np.ceil(np.abs(change) - 0.5 - 1e-6)
+
+
+def jpeg(pictures):
+    """Return pictures in whole levels (k, h, w, 3) after a JPEG of quality 90."""
+    quality, seen = [cv2.IMWRITE_JPEG_QUALITY, 90], []
+    for picture in np.uint8(pictures):
+        _, file = cv2.imencode(".jpg", picture[..., ::-1], quality)
+        seen.append(cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
+    return np.stack(seen)
