@@ -208,11 +208,9 @@ def test_more_carriers_from_where_fewer_ended_never_do_less(setting):
 
 
 @pytest.mark.parametrize("better", [False, True])
-def test_a_ladder_says_what_its_subsets_did(setting, better, monkeypatch):
-    monkeypatch.setattr(attacks, "ORIGINAL", (1.0,) * 6)
-    monkeypatch.setattr(attacks, "FALLING", (0.1,) * 6)
+def test_a_ladder_says_what_its_subsets_did(setting, better):
     tests = attacks.draw(setting, 0, 4)
-    found = attacks.ladder(setting, tests, better=better, size=20, box=4.0)
+    found = attacks.ladder(setting, tests, better=better, size=20, steps=8, box=4.0)
     for t, one in zip(tests, found, strict=True):
         names = [name for name in attacks.SUBSETS if name in one]
         assert names == list(attacks.SUBSETS)[: len(names)]
@@ -240,20 +238,19 @@ def test_the_forecast_is_the_first_order_fall_of_the_margin(setting):
 def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monkeypatch):
     """Three by one carrier, two by up to five, one by up to ten; in a second run the rest."""
     monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
-    monkeypatch.setattr(attacks, "ORIGINAL", (0.1,) * 5)
     climbed, climb = [], attacks.ladder
 
     def counted(attacker, some, begun=None, **how):
         climbed.append(len(some))
         if len(climbed) == 2:
             raise KeyboardInterrupt
-        return climb(attacker, some, begun, size=20, **how)
+        return climb(attacker, some, begun, size=20, steps=4, **how)
 
     monkeypatch.setattr(attacks, "ladder", counted)
 
     def all_of_them(weight_decay=1e-3, **how):
         bed = {"weight_decay": weight_decay}
-        return attacks.ladders(setting, "some_bed", "demo", bed, [3, 2, 1], **how)
+        return attacks.ladders(setting, "some_bed", "real", bed, [3, 2, 1], **how)
 
     with pytest.raises(KeyboardInterrupt):
         all_of_them()
@@ -262,7 +259,7 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     tests, found = all_of_them()
     assert climbed == [3, 2, 2, 1]
     np.testing.assert_array_equal(tests, attacks.draw(setting, 0, 3))
-    whole = climb(setting, tests[:1], size=20)[0]
+    whole = climb(setting, tests[:1], size=20, steps=4)[0]
     for name in attacks.SUBSETS:
         np.testing.assert_allclose(found[0][name], whole[name], rtol=1e-4)
     assert found[0]["passes"] == whole["passes"]

@@ -25,13 +25,10 @@ import tensorflow as tf
 from scipy.special import expit
 from tqdm.auto import tqdm
 
-from helpers import retraining
 from studies.many_fits import Replacements
 from support import claims, datasets, features, stored, vehicles
 
 SUBSETS = {"1st": slice(1), "2nd": slice(1, 2), **{str(k): slice(k) for k in (2, 3, 5, 10)}}
-ORIGINAL = (0.02,) * 100  # levels a step; the thesis stopped after 50 of them
-FALLING = tuple(np.geomspace(0.1, 0.01, 70))  # of the better attacker, in boxes of half a level
 
 
 class Altered(NamedTuple):
@@ -115,7 +112,7 @@ class Attacks:
         order = np.argsort(-np.concatenate(scores), kind="stable")
         return rows[order], np.concatenate(scores)[order]
 
-    def attack(self, targets, carriers, *, start=None, box=0.5, lengths=ORIGINAL, stop=True):
+    def attack(self, targets, carriers, *, start=None, box=0.5, lengths=(0.02,) * 100, stop=True):
         """Return the Altered of k attacks: each at the step where its mean test loss was largest.
 
         Attack j alters the training pictures carriers[j] within `box` levels of the original and
@@ -213,35 +210,13 @@ def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, *
 
 
 def backbone_of(name, weights, size, layer=""):
-    """Return the Backbone of these weights; with `layer`, up to there and then the mean over space.
-
-    size : of the pictures' sides; None or that of `name` itself for the network "demo".
-    """
+    """Return a Backbone for pictures of this side; up to `layer`, averaged over space, if named."""
     whole = features.load_backbone(name, weights=weights, size=size)
     if not layer:
         return whole
     pooled = keras.layers.GlobalAveragePooling2D(dtype="float32")
     model = keras.Model(whole.model.input, pooled(whole.model.get_layer(layer).output))
     return whole._replace(name=f"{name} up to {layer}", model=model)
-
-
-def clean_numbers(attacker):
-    """Return what describes a bed before any attack: losses, accuracies, norms, margins."""
-    data, theta = attacker.data, attacker.theta
-    train = (2 * attacker.y - 1) * (attacker.phi @ theta)
-    norm = np.sqrt((attacker.phi**2).sum(1).mean())
-    return {
-        "training loss": np.logaddexp(0, -train).mean(),
-        "test loss": np.logaddexp(0, -attacker.margin).mean(),
-        "training accuracy": np.mean(train > 0),
-        "test accuracy": np.mean(attacker.margin > 0),
-        "|w|": np.linalg.norm(theta),
-        "feature norm": norm,
-        "weight decay / norm^2": attacker.objective.decay[0] / norm**2,
-        "largest leverage": retraining.Removals(attacker.objective).leverage.max(),
-        "median margin": np.median(attacker.margin[attacker.margin > 0]),
-        "n, m, d": [len(train), len(data.y_test), attacker.phi.shape[1]],
-    }
 
 
 def draw(attacker, seed, count):
@@ -251,127 +226,162 @@ def draw(attacker, seed, count):
 
 
 class Record:
-    """Finished targets in a JSON file, written after each group: a run that was cut off goes on.
+    """Finished targets, after each group of them in a JSON file: a run cut off goes on from it.
 
     The file is runs/<profile>/11_<name>.json and begins as figures/<profile>/11_<name>.json, the
-    committed one. about : the bed and the rule of the attack, which must be the file's.
+    committed one; in `demo` there is none. about : the bed and the rule, which must be the file's.
     """
 
     def __init__(self, name, profile, about):
         self.path = stored.folder("runs", profile) / f"11_{name}.json"
         begun = self.path if self.path.exists() else claims.committed(profile) / self.path.name
-        self.content = {"about": claims._plain(about), "targets": {}}
-        if begun.exists():
-            content, self.content = self.content, claims.read_record(begun)
-            if content["about"] != self.content["about"]:
+        self.content, self.kept = {"about": claims._plain(about), "targets": {}}, profile != "demo"
+        if self.kept and begun.exists():
+            about, self.content = self.content["about"], claims.read_record(begun)
+            if self.content["about"] != about:
                 raise ValueError(f"{begun} holds another attack than asked for: move it away.")
 
     def known(self, attacker, tests):
-        """Return {test picture: dict} of those in the file; ValueError if it was another bed's."""
-        known = {
-            t: self.content["targets"][str(t)] for t in tests if str(t) in self.content["targets"]
-        }
-        for t, found in known.items():
-            if abs(found["margin"] - attacker.margin[t]) > 0.05:
+        """Return {test picture: dict} of those finished; ValueError if it was another bed's."""
+        done = self.content["targets"]
+        for t in (t for t in tests if str(t) in done):
+            if abs(done[str(t)]["margin"] - attacker.margin[t]) > 0.05:
                 raise ValueError(f"Target {t} of {self.path} had another margin: move it away.")
-        return known
+        return {t: done[str(t)] for t in tests if str(t) in done}
 
     def fill(self, attacker, tests, compute, *, at_once=8):
-        """Write compute([tests]) -> [dict] of test pictures, so many at once, to the file."""
+        """Add compute([tests]) -> [dict] of test pictures, so many at once."""
         for k in tqdm(range(0, len(tests), at_once), self.path.stem, leave=False):
             part = tests[k : k + at_once]
             for t, found in zip(part, compute(part), strict=True):
-                one = claims._plain({"margin": attacker.margin[t], **found})
-                self.content["targets"][str(t)] = one
-            partial = self.path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(self.content) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+                one = {"margin": attacker.margin[t], **found}
+                self.content["targets"][str(t)] = claims._plain(one)
+            if self.kept:
+                self.write(self.path)
+
+    def write(self, path):
+        """Write the file, whole or not at all."""
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.content) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
-def ladders(attacker, name, profile, bed, counts, *, seed=0, better=False, go_on=True):
+def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     """Return (test pictures, what `ladder` found on each) of those that a Record has or gets.
 
     bed : dict of what the attacker was made from, kept in the file. counts : how many pictures of
     the `draw` are attacked by one carrier, by up to five, and by up to ten, in this order; of the
-    better attacker those for ten come first. Without `go_on` only what is known is returned.
+    better attacker those for ten come first. Without `go_on` only what is known is returned. The
+    file goes to runs/<profile>/figures too, from where a run is promoted.
     """
-    tests = draw(attacker, seed, counts[0])
+    tests, better = draw(attacker, seed, counts[0]), how.get("better", False)
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
     drawn = "random order of the test pictures that the clean head names correctly"
     about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
     record, parts = Record(name, profile, about), list(zip(counts, (2, 5, 6), strict=True))
     for count, stop in (parts[::-1] if better else parts) if go_on else ():
         known, names = record.known(attacker, tests), tuple(SUBSETS)[:stop]
-        left = [
-            t
-            for t in tests[:count]
-            if t not in known or not (flipped(known[t]) or set(names) <= set(known[t]))
-        ]
+
+        def over(t, known=known, names=names):
+            return t in known and (flipped(known[t]) or set(names) <= set(known[t]))
 
         def climb(some, known=known, names=names):
             begun = [known.get(t, {}) for t in some]
-            return ladder(attacker, some, begun, subsets=names, better=better)
+            return ladder(attacker, some, begun, subsets=names, **how)
 
-        record.fill(attacker, left, climb)
+        record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
     known = record.known(attacker, tests)
+    if record.kept:
+        record.write(stored.folder("runs", profile, "figures") / record.path.name)
     return np.array([*known]), [*known.values()]
 
 
-def ladder(attacker, tests, begun=None, *, better=False, subsets=None, size=40, box=0.5):
+def ladder(
+    attacker,
+    tests,
+    begun=None,
+    *,
+    better=False,
+    subsets=tuple(SUBSETS),
+    size=40,
+    steps=100,
+    box=0.5,
+):
     """Return what attacks on single test pictures (k,) reached, a dict each.
 
     `subsets` of ten carriers in turn, until one flips the picture: {name: [margin, steps]}. As the
     original: the carriers largest in L1 among `size` that are looked at, every subset from
-    untouched pictures, 100 steps of 0.02 levels. better : 12 carriers ranked by the fall that five
-    steps realise (`tried`), those left out that bring less than a tenth of the best one's; a subset
-    begins where the smaller ones ended; 70 steps that shorten. forecast : what each carrier would
-    take off the margin to first order. passes : pictures that went through the backbone and back.
-    begun : such dicts, to which further subsets are added; those of {} are new.
+    untouched pictures, steps of 0.02 levels. better : 12 carriers ranked by the fall that five
+    steps realise (`tried`, `falls`), without those that bring less than a tenth of the best one's;
+    a subset begins where the smaller ones ended, and its steps, 0.7 times as many, shorten.
+    forecast : what each carrier would take off the margin to first order. passes : pictures that
+    went through the backbone and back. begun : dicts to which further subsets are added, {} if new.
     """
-    targets, n, found, made = [np.array([t]) for t in tests], len(attacker.y), [], []
-    for t, target, old in zip(tests, targets, begun or [{}] * len(tests), strict=True):
-        if old:
-            found.append({**old, "carriers": np.array(old["carriers"])})
-            made.append({})
-            continue
-        rows, scores = attacker.shortlist(target, size)
-        slope = box / n * np.linalg.norm(attacker.data.x_test[t])
-        found.append({"carriers": rows[:10], "forecast": slope * scores[:10], "passes": size})
-        made.append({})
-        if better:
-            tried, lengths = rows[:12, None], (box / 5,) * 5
-            short = attacker.attack([target] * 12, tried, box=box, lengths=lengths)
-            falls = attacker.margin[t] - np.concatenate(short.logits)
-            order = np.argsort(-falls)
-            order = order[: max(2, (falls > 0.1 * falls.max()).sum())]
-            made[-1] = {rows[j]: short.pictures[j][0] for j in order}
-            found[-1] |= {"carriers": rows[order[:10]], "tried": rows[:12], "falls": falls}
-            found[-1]["passes"] += (short.steps + 1).sum()
-    lengths = np.multiply(FALLING, box / 0.5) if better else ORIGINAL
-    for name in SUBSETS if subsets is None else subsets:
+    targets, found, made = [np.array([t]) for t in tests], [], []
+    for t, old in zip(tests, begun or [{}] * len(tests), strict=True):
+        one, alone = first(attacker, t, better, size, box) if not old else (dict(old), {})
+        found.append(one)
+        made.append(alone)
+    falling = np.geomspace(box / 5, box / 50, round(0.7 * steps))
+    for name in subsets:
         live = [j for j, one in enumerate(found) if not flipped(one) and name not in one]
-        if not live:
-            continue
-        tried = [found[j]["carriers"][SUBSETS[name]] for j in live]
+        tried = [np.array(found[j]["carriers"])[SUBSETS[name]] for j in live]
         start = [
             np.stack([made[j].get(i, attacker.images[i]) for i in own])
             for j, own in zip(live, tried, strict=True)
         ]
-        aims = [targets[j] for j in live]
-        done = attacker.attack(aims, tried, start=start, box=box, lengths=lengths)
-        for j, own, x, (z,), steps in zip(live, tried, *done, strict=True):
-            found[j][name] = [z, steps]
-            found[j]["passes"] += len(own) * (steps + 1)
+        aims, lengths = [targets[j] for j in live], falling if better else (0.02,) * steps
+        done = attacker.attack(aims, tried, start=start, box=box, lengths=lengths) if live else []
+        for j, own, x, (z,), taken in zip(live, tried, *(done or [[]] * 3), strict=True):
+            found[j] |= {name: [z, taken], "passes": found[j]["passes"] + len(own) * (taken + 1)}
             if better:
                 made[j].update(zip(own, x, strict=True))
     return found
 
 
+def first(attacker, t, better, size, box):
+    """Return what `ladder` knows of a target before its subsets, and pictures made so far."""
+    rows, scores = attacker.shortlist(np.array([t]), size)
+    slope = box / len(attacker.y) * np.linalg.norm(attacker.data.x_test[t])
+    one = {"carriers": rows[:10], "forecast": slope * scores[:10], "passes": size}
+    if not better:
+        return one, {}
+    tried, lengths = rows[:12], (box / 5,) * 5
+    done = attacker.attack([np.array([t])] * len(tried), tried[:, None], box=box, lengths=lengths)
+    falls = attacker.margin[t] - np.concatenate(done.logits)
+    order = np.argsort(-falls)[: max(2, (falls > 0.1 * falls.max()).sum())]
+    one |= {"carriers": rows[order[:10]], "tried": tried, "falls": falls}
+    one["passes"] += (done.steps + 1).sum()
+    return one, {rows[j]: done.pictures[j][0] for j in order}
+
+
 def flipped(found, count=10):
     """Return whether one of `ladder`'s dicts has flipped by at most `count` carriers."""
-    alone = {name: 1 for name in ("1st", "2nd")}
-    subsets = [name for name in SUBSETS if alone.get(name, 0) or int(name) <= count]
-    return any(found[name][0] < 0 for name in subsets if name in found)
+    names = [name for name in SUBSETS if name in found and number(name) <= count]
+    return any(found[name][0] < 0 for name in names)
+
+
+def number(subset):
+    """Return how many carriers a subset of SUBSETS has."""
+    return 1 if subset in ("1st", "2nd") else int(subset)
+
+
+def shares(found, counts):
+    """Return {1, 2, 3, 5, 10: hits (k,)}: which of the first k targets so many carriers flipped.
+
+    found : of `ladders`, in the order of the draw; counts : as there. Where a run was cut off only
+    whole groups of eight count: where it stopped must not depend on what flipped.
+    """
+    hits = {}
+    for count, limit in zip(
+        (1, 2, 3, 5, 10), (counts[0], *[counts[1]] * 3, counts[2]), strict=True
+    ):
+        last = "2nd" if count == 1 else str(count)
+        over = [flipped(one) or last in one for one in found[:limit]] + [False]
+        k = over.index(False)
+        k = k if k == limit else k - k % 8
+        hits[count] = np.array([flipped(one, count) for one in found[:k]], bool)
+    return hits
 
 
 def saved(picture, original):
