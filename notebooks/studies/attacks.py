@@ -13,6 +13,7 @@ A *target* is an array of test pictures to flip together, mostly one; its *carri
 training pictures that are altered, an array of their numbers; k targets have k arrays of carriers.
 """
 
+import copy
 import json
 import os
 from itertools import chain
@@ -171,6 +172,14 @@ class Attacks:
         logits = [self.true_logits(own, t) for own, t in zip(fits.theta.T, targets, strict=True)]
         return np.split(kept, np.flatnonzero(np.diff(owner)) + 1), logits, steps
 
+    def against(self, pictures, label):
+        """Return the same Attacks with other test pictures, all of one label 0 or 1."""
+        x, y = self.features(pictures), np.full(len(pictures), float(label))
+        other = copy.copy(self)
+        other.data = self.data._replace(x_test=x, y_test=y)
+        other.margin = other.true_logits(self.theta, np.arange(len(x)))
+        return other
+
     def refitted(self, targets, carriers, pictures):
         """Return the true logits of each target after the refit, and the refits' Fits."""
         rows, owner = joined(carriers)
@@ -195,7 +204,8 @@ def joined(carriers):
 
 
 def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, **options):
-    """Return (test pictures, Attacks) of a head that is fitted to all training pictures.
+    """Return the Attacks on a head that is fitted to all training pictures; its `shown` has the
+    test pictures (m, h, w, 3).
 
     pictures : "rendered", "photos" or "ilsvrc" of `datasets.vehicles`, or "dog_fish"; n_train and
     n_test of each class.
@@ -206,7 +216,9 @@ def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, *
     data = vehicles.split(table, phi, positive="fish" if fish else "airplane")
     images, train = datasets.pictures(table, backbone.size), (table["split"] == "train").to_numpy()
     head = vehicles.fitted_head(data, weight_decay)
-    return images[~train], Attacks(data, head, backbone, images[train], **options)
+    attacker = Attacks(data, head, backbone, images[train], **options)
+    attacker.shown = images[~train]
+    return attacker
 
 
 def backbone_of(name, weights, size, layer=""):
@@ -217,6 +229,23 @@ def backbone_of(name, weights, size, layer=""):
     pooled = keras.layers.GlobalAveragePooling2D(dtype="float32")
     model = keras.Model(whole.model.input, pooled(whole.model.get_layer(layer).output))
     return whole._replace(name=f"{name} up to {layer}", model=model)
+
+
+def clean_numbers(attacker):
+    """Return what describes a bed before any attack: losses, accuracies, norms, margins."""
+    theta = attacker.theta
+    train, norm = (2 * attacker.y - 1) * (attacker.phi @ theta), np.linalg.norm(attacker.phi)
+    square = norm**2 / len(train)
+    return {
+        "training loss": np.logaddexp(0, -train).mean(),
+        "test loss": np.logaddexp(0, -attacker.margin).mean(),
+        "training accuracy": np.mean(train > 0),
+        "test accuracy": np.mean(attacker.margin > 0),
+        "|w|": np.linalg.norm(theta),
+        "feature norm": np.sqrt(square),
+        "weight decay / norm^2": attacker.objective.decay[0] / square,
+        "median margin": np.median(attacker.margin[attacker.margin > 0]),
+    }
 
 
 def draw(attacker, seed, count):
@@ -384,6 +413,45 @@ def shares(found, counts):
     return hits
 
 
+def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go_on=True):
+    """Return the one dict of an attack on test pictures all at once, by one carrier; or None.
+
+    The carrier is the training picture with the largest L1 norm that is not in `without`; all steps
+    of 0.005 levels are taken. before, after : margins. moved : length of the carrier's way in
+    feature space, over the mean distance of its class to its centroid.
+    """
+    about = {"bed": bed, "tests": tests, "steps": steps, "without": without}
+    record, key = Record(name, profile, about), [tests[0]]
+
+    def attack(_):
+        rows = attacker.shortlist(tests, size)[0]
+        rows = rows[~np.isin(attacker.data.train["id"].iloc[rows], without)][:1]
+        done = attacker.attack([tests], [rows], lengths=(0.005,) * steps, stop=False)
+        own = attacker.phi[attacker.y == attacker.y[rows[0]]]
+        away = np.linalg.norm(attacker.features(done.pictures[0])[0] - attacker.phi[rows[0]])
+        radius = np.linalg.norm(own - own.mean(0), axis=1).mean()
+        found = {"carrier": rows[0], "moved": away / radius}
+        return [found | {"before": attacker.margin[tests], "after": done.logits[0]}]
+
+    if go_on and not record.known(attacker, key):
+        record.fill(attacker, key, attack)
+    if record.kept:
+        record.write(stored.folder("runs", profile, "figures") / record.path.name)
+    return record.known(attacker, key).get(tests[0])
+
+
+def versions(picture, count, seed):
+    """Return crops and exposures of a picture, (count, h, w, 3) whole levels."""
+    rng, side, made = np.random.default_rng([seed, 13]), len(picture), []
+    for _ in range(count):
+        wide = int(side * rng.uniform(0.8, 1))
+        top, left = rng.integers(0, side - wide + 1, 2)
+        crop = datasets.resize(picture[top : top + wide, left : left + wide], side)
+        crop = crop[:, :: rng.choice([-1, 1])] * rng.uniform(0.7, 1.3)
+        made.append(np.uint8(np.clip(np.rint(crop), 0, 255)))
+    return np.stack(made)
+
+
 def saved(picture, original):
     """Return a picture in whole levels; what lies half-way between two keeps the original's.
 
@@ -400,3 +468,19 @@ def jpeg(pictures):
         _, file = cv2.imencode(".jpg", picture[..., ::-1], quality)
         seen.append(cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
     return np.stack(seen)
+
+
+def triptychs(attacker, rows, pictures):
+    """Return pictures and captions, three a training picture: original, difference, altered.
+
+    The difference is grey where there is none; its largest fills the scale.
+    """
+    shown, text, kinds = [], [], attacker.data.train["subtype"]
+    for i, x in zip(rows, pictures, strict=True):
+        change = x - attacker.images[i].astype(float)
+        most = np.abs(change).max()
+        grey = np.uint8(127.5 + 127 * change / most)
+        shown += [attacker.images[i], grey, np.uint8(np.clip(np.rint(x), 0, 255))]
+        text += [f"training picture {i}\n{kinds[i].replace('_', ' ')}"]
+        text += [f"difference, largest\n{most:.2f} levels, amplified", "altered"]
+    return shown, text
