@@ -22,8 +22,10 @@ from typing import NamedTuple
 import cv2
 import keras
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 from scipy.special import expit
+from sklearn.metrics import euclidean_distances
 from tqdm.auto import tqdm
 
 from studies.many_fits import Replacements
@@ -440,6 +442,14 @@ def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go
     return record.known(attacker, key).get(tests[0])
 
 
+def alike(attacker, label, k):
+    """Return the k test pictures of a class, named correctly, that lie closest together."""
+    rows = np.flatnonzero((attacker.data.y_test == label) & (attacker.margin > 0))
+    away = euclidean_distances(attacker.data.x_test[rows])
+    centre = np.sort(away, axis=1)[:, k - 1].argmin()
+    return rows[np.argsort(away[centre])[:k]]
+
+
 def versions(picture, count, seed):
     """Return crops and exposures of a picture, (count, h, w, 3) whole levels."""
     rng, side, made = np.random.default_rng([seed, 13]), len(picture), []
@@ -450,6 +460,21 @@ def versions(picture, count, seed):
         crop = crop[:, :: rng.choice([-1, 1])] * rng.uniform(0.7, 1.3)
         made.append(np.uint8(np.clip(np.rint(crop), 0, 255)))
     return np.stack(made)
+
+
+def by_one(found):
+    """Return margin, fall, forecast and whether it flipped, by the better of two single carriers."""
+    rows = [
+        (
+            one["margin"],
+            min(one[name][0] for name in ("1st", "2nd") if name in one),
+            one["forecast"][0],
+        )
+        for one in found
+    ]
+    table = pd.DataFrame(rows, columns=["margin", "fall", "forecast"])
+    table["flipped"], table["fall"] = table["fall"] < 0, table["margin"] - table["fall"]
+    return table
 
 
 def saved(picture, original):
@@ -468,19 +493,3 @@ def jpeg(pictures):
         _, file = cv2.imencode(".jpg", picture[..., ::-1], quality)
         seen.append(cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
     return np.stack(seen)
-
-
-def triptychs(attacker, rows, pictures):
-    """Return pictures and captions, three a training picture: original, difference, altered.
-
-    The difference is grey where there is none; its largest fills the scale.
-    """
-    shown, text, kinds = [], [], attacker.data.train["subtype"]
-    for i, x in zip(rows, pictures, strict=True):
-        change = x - attacker.images[i].astype(float)
-        most = np.abs(change).max()
-        grey = np.uint8(127.5 + 127 * change / most)
-        shown += [attacker.images[i], grey, np.uint8(np.clip(np.rint(x), 0, 255))]
-        text += [f"training picture {i}\n{kinds[i].replace('_', ' ')}"]
-        text += [f"difference, largest\n{most:.2f} levels, amplified", "altered"]
-    return shown, text
