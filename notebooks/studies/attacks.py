@@ -463,7 +463,7 @@ def versions(picture, count, seed):
 
 
 def by_one(found):
-    """Return margin, fall, forecast and whether it flipped, by the better of two single carriers."""
+    """Return margin, fall, forecast and whether it flipped, by the better of two carriers."""
     rows = [
         (
             one["margin"],
