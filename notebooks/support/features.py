@@ -31,7 +31,8 @@ def load_backbone(name, *, weights="imagenet", size=None):
         `keras.applications` model such as "MobileNetV2" or "InceptionV3", or the path of a
         `.keras` file that maps pictures in 0..255 to features.
     weights : for `keras.applications`: "imagenet" (a file in Keras's own cache, `KERAS_HOME`; where
-        it is missing, the error says where to get it), a file, or None for random weights.
+        it is missing, the error says where to get it), a file, the name of one in the folder
+        "models" of KERAS_HOME, or None for random weights.
     """
     if name == "demo":
         return _in_float64(_from_file(stored.ROOT / "data" / "embedded" / "demo_backbone.keras"))
@@ -43,6 +44,9 @@ def load_backbone(name, *, weights="imagenet", size=None):
         raise ValueError(f"No keras.applications model is called '{name}'. {', '.join(known)}")
     modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
     module = next(m for m in modules if hasattr(m, name))
+    if weights not in ("imagenet", None) and not Path(weights).exists():
+        home = stored.named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
+        weights = home / "models" / weights
     size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
     try:
         with _float32(), patch.object(file_utils, "get_file", _on_disk):
