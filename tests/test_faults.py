@@ -244,7 +244,7 @@ def test_an_object_of_which_nothing_is_known_is_refused(tmp_path, binary):
         stored.checkpoint(tmp_path)([1], lambda: np.array([{}]))
 
 
-EDITS = {  # of helpers/retraining.py, which studies.network_retraining imports
+EDITS = {  # of helpers/removals.py, which studies.network_retraining imports
     "a comment": (lambda text: f"# what this is about\n{text}  # and so on\n", True),
     "a docstring": (lambda text: text.replace('"""Return', '"""Give back', 1), True),
     "a blank line": (lambda text: text.replace("\n\n\n", "\n\n\n\n"), True),
@@ -263,11 +263,11 @@ def test_code_decides_and_comments_do_not(edit, monkeypatch):
 
     before = stored.key(methods.left_out)
     change, same = EDITS[edit]
-    text = stored.SOURCES["helpers.retraining"]
+    text = stored.SOURCES["helpers.removals"]
     assert change(text) != text
-    monkeypatch.setitem(stored.SOURCES, "helpers.retraining", change(text))
+    monkeypatch.setitem(stored.SOURCES, "helpers.removals", change(text))
     assert (stored.key(methods.left_out) == before) is same
-    monkeypatch.setitem(stored.SOURCES, "helpers.retraining", text)
+    monkeypatch.setitem(stored.SOURCES, "helpers.removals", text)
     monkeypatch.setitem(stored.SOURCES, "support.figures", "nothing = 0")  # not imported there
     assert stored.key(methods.left_out) == before
 

@@ -15,7 +15,6 @@ training pictures that are altered, an array of their numbers; k targets have k 
 
 import copy
 import json
-import os
 from itertools import chain
 from typing import NamedTuple
 
@@ -268,7 +267,8 @@ class Record:
         begun = self.path if self.path.exists() else claims.committed(profile) / self.path.name
         self.content, self.kept = {"about": claims._plain(about), "targets": {}}, profile != "demo"
         if self.kept and begun.exists():
-            about, self.content = self.content["about"], claims.read_record(begun)
+            about = self.content["about"]
+            self.content = json.loads(begun.read_text(encoding="utf-8"))
             if self.content["about"] != about:
                 raise ValueError(f"{begun} holds another attack than asked for: move it away.")
 
@@ -288,13 +288,7 @@ class Record:
                 one = {"margin": attacker.margin[t], **found}
                 self.content["targets"][str(t)] = claims._plain(one)
             if self.kept:
-                self.write(self.path)
-
-    def write(self, path):
-        """Write the file, whole or not at all."""
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.content) + "\n", encoding="utf-8")
-        partial.replace(path)
+                stored.write(self.path, json.dumps(self.content) + "\n")
 
 
 def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
@@ -323,7 +317,10 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
         record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
     known = record.known(attacker, tests)
     if record.kept:
-        record.write(stored.folder("runs", profile, "figures") / record.path.name)
+        stored.write(
+            stored.folder("runs", profile, "figures") / record.path.name,
+            json.dumps(record.content) + "\n",
+        )
     return np.array([*known]), [*known.values()]
 
 
@@ -438,7 +435,10 @@ def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go
     if go_on and not record.known(attacker, key):
         record.fill(attacker, key, attack)
     if record.kept:
-        record.write(stored.folder("runs", profile, "figures") / record.path.name)
+        stored.write(
+            stored.folder("runs", profile, "figures") / record.path.name,
+            json.dumps(record.content) + "\n",
+        )
     return record.known(attacker, key).get(tests[0])
 
 

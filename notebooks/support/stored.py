@@ -236,6 +236,7 @@ def _trees(module):
     while left:
         name = left.pop()
         found[name], imports = _tree(SOURCES[name], name.partition(".")[0])
+        imports |= {f"{package}.__init__" for package in imports}  # what `from helpers import` runs
         left |= (imports & SOURCES.keys()) - found.keys()
     return found
 
