@@ -59,7 +59,7 @@ class Head:
     def relabel(self, y):
         """Give the examples other labels (n,), shaped and typed like their own.
 
-        For the closed forms and refits of `retraining`; the objective's own data stay as they are.
+        For the closed forms, `fit` and `removals`; the objective's own data stay as they are.
         """
         given, y = np.asarray(y), np.asarray(y).astype(self.y.dtype)
         if (given != y).any():

@@ -61,9 +61,6 @@ class Symmetric(LinearOperator):
     def _matmat(self, vectors):
         return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()
 
-    def _matvec(self, vector):
-        return self._matmat(np.reshape(vector, (-1, 1)))[:, 0]
-
     def _adjoint(self):
         return self
 

@@ -13,9 +13,10 @@ class ExampleLoss:
 
     Attributes
     ----------
-    name : what the loss is called; predicted : the shape of the model's predictions, (b, ...), None
-    for a length that may vary; last_activation : the softmax or sigmoid by which the model ends, or
-    None; activation : the same where the loss is convex below it, so that `outputs` are logits.
+    object : the `keras.losses.Loss`; name : what it is called; predicted : the shape of the model's
+    predictions, (b, ...), None for a length that may vary; last_activation : the softmax or sigmoid
+    by which the model ends, or None; activation : the same where the loss is convex below it, so
+    that `outputs` are logits.
     """
 
     def __init__(self, model, loss, y, predictions, dtype):
@@ -23,10 +24,10 @@ class ExampleLoss:
         self.model, self.dtype = model, dtype
         self._weight = keras_facts.loss_weight(model) if loss is None else 1.0
         given = loss if loss is not None else getattr(model, "loss", None)
-        self._loss, self._steps = keras_facts.as_loss(given, y, predictions), None
-        if self._loss.reduction in ("sum", "mean_with_sample_weight"):
+        self.object, self._steps = keras_facts.as_loss(given, y, predictions), None
+        if self.object.reduction in ("sum", "mean_with_sample_weight"):
             raise ValueError(
-                f"The loss has reduction='{self._loss.reduction}', which weighs examples against "
+                f"The loss has reduction='{self.object.reduction}', which weighs examples against "
                 "the weight decay by the batch they are in. Use reduction='sum_over_batch_size', "
                 "and put factors into sample_weight or weight_decay."
             )
@@ -36,17 +37,12 @@ class ExampleLoss:
 
     @property
     def name(self):
-        return self._loss.name
+        return self.object.name
 
     @property
     def function(self):
         """The function that a Keras loss wraps, or None for a class of the user's own."""
-        return keras_facts.function_of(self._loss)
-
-    @property
-    def object(self):
-        """The `keras.losses.Loss`."""
-        return self._loss
+        return keras_facts.function_of(self.object)
 
     def __call__(self, x, y):
         """Return the loss of each example of a batch, (b,), in nats for cross-entropies."""
@@ -91,7 +87,7 @@ class ExampleLoss:
 
         A loss that computes in a type of its own whatever it is given, gets that and is cast.
         """
-        values = keras_facts.unreduced(self._loss, y, predictions, self._dtypes[dtype])
+        values = keras_facts.unreduced(self.object, y, predictions, self._dtypes[dtype])
         mask = keras_facts.mask_of(values)
         values *= self._weight
         if mask is not None and self._steps is not None:
@@ -115,10 +111,10 @@ class ExampleLoss:
         self._dtypes, b = {}, int(predictions.shape[0])
         for wanted in dict.fromkeys(("float64", self.dtype)):
             try:
-                dtype, values = wanted, keras_facts.unreduced(self._loss, y, predictions, wanted)
+                dtype, values = wanted, keras_facts.unreduced(self.object, y, predictions, wanted)
             except (TypeError, tf.errors.InvalidArgumentError):
-                dtype = self._loss.dtype
-                values = keras_facts.unreduced(self._loss, y, predictions, dtype)
+                dtype = self.object.dtype
+                values = keras_facts.unreduced(self.object, y, predictions, dtype)
             self._dtypes[wanted] = dtype
         if values.shape.rank == 0 or int(values.shape[0]) != b:
             raise ValueError(
@@ -126,7 +122,7 @@ class ExampleLoss:
                 f"returned shape {tuple(values.shape)}. Do not average over examples."
             )
         for k in (b, 1):  # one example alone must have the loss it has among others
-            mine, theirs = keras_facts.both_means(self._loss, y, predictions, values, k, dtype)
+            mine, theirs = keras_facts.both_means(self.object, y, predictions, values, k, dtype)
             if not np.isclose(mine, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise ValueError(
                     f"Keras evaluates the loss of {k} examples to {theirs:.6g}, but the mean of "
@@ -176,5 +172,5 @@ class ExampleLoss:
     def _mask(self, x, y):
         predictions = keras_facts.predict(self.model, x)
         return keras_facts.mask_of(
-            keras_facts.unreduced(self._loss, y, predictions, self._dtypes[self.dtype])
+            keras_facts.unreduced(self.object, y, predictions, self._dtypes[self.dtype])
         )

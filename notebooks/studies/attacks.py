@@ -265,7 +265,7 @@ class Record:
     def __init__(self, name, profile, about):
         self.path = stored.folder("runs", profile) / f"11_{name}.json"
         begun = self.path if self.path.exists() else claims.committed(profile) / self.path.name
-        self.content, self.kept = {"about": claims._plain(about), "targets": {}}, profile != "demo"
+        self.content, self.kept = {"about": claims.plain(about), "targets": {}}, profile != "demo"
         if self.kept and begun.exists():
             about = self.content["about"]
             self.content = json.loads(begun.read_text(encoding="utf-8"))
@@ -286,9 +286,13 @@ class Record:
             part = tests[k : k + at_once]
             for t, found in zip(part, compute(part), strict=True):
                 one = {"margin": attacker.margin[t], **found}
-                self.content["targets"][str(t)] = claims._plain(one)
-            if self.kept:
-                stored.write(self.path, json.dumps(self.content) + "\n")
+                self.content["targets"][str(t)] = claims.plain(one)
+            self.write(self.path.parent)
+
+    def write(self, folder):
+        """Write the file to a folder; nothing in `demo`."""
+        if self.kept:
+            stored.write(folder / self.path.name, json.dumps(self.content) + "\n")
 
 
 def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
@@ -316,11 +320,7 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
 
         record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
     known = record.known(attacker, tests)
-    if record.kept:
-        stored.write(
-            stored.folder("runs", profile, "figures") / record.path.name,
-            json.dumps(record.content) + "\n",
-        )
+    record.write(stored.folder("runs", profile, "figures"))
     return np.array([*known]), [*known.values()]
 
 
@@ -434,11 +434,7 @@ def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go
 
     if go_on and not record.known(attacker, key):
         record.fill(attacker, key, attack)
-    if record.kept:
-        stored.write(
-            stored.folder("runs", profile, "figures") / record.path.name,
-            json.dumps(record.content) + "\n",
-        )
+    record.write(stored.folder("runs", profile, "figures"))
     return record.known(attacker, key).get(tests[0])
 
 

@@ -65,7 +65,7 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
         raise ValueError(f"claim {id}: interval_above asks it of an interval, and there is none")
     stated = {"id": id, "claim": text, "of": of, "published": published, kind: limit}
     known = {"value": value if applies else None, "interval": interval if applies else None}
-    known = _plain({name: v for name, v in (stated | known).items() if v is not None})
+    known = plain({name: v for name, v in (stated | known).items() if v is not None})
     word = outcome(known) if applies else "not applicable"
     return {**known, "value": known.get("value"), "verdict": word}
 
@@ -155,7 +155,7 @@ def write(notebook, profile, parameters, claims, *, dataset=None):
         record["verdicts"].sort(key=lambda c: c.get("dataset", ""))
         runs = dict(sorted(record["runs"].items(), key=lambda run: (run[0] != DEFAULT, run[0])))
         record = {"notebook": notebook, "profile": profile, **record, "runs": runs}
-        stored.write(path, json.dumps(_plain(record), indent=1) + "\n")
+        stored.write(path, json.dumps(plain(record), indent=1) + "\n")
     return table(claims)
 
 
@@ -213,12 +213,12 @@ def _git(*words):
         return ""
 
 
-def _plain(value):
+def plain(value):
     """Return JSON types, floats with six significant digits (arrays become lists)."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
-        return [_plain(v) for v in list(value)]
+        return [plain(v) for v in list(value)]
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):

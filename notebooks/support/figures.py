@@ -8,7 +8,7 @@ import numpy as np
 from IPython.display import Image
 
 from support import stored
-from support.claims import _plain as plain
+from support.claims import plain
 from support.stored import folder
 
 
