@@ -145,22 +145,28 @@ class Batches:
             run = partial(self._sum, function, zeros, copies)
             return self.strategy.reduce("SUM", self.strategy.run(run, args=self._shares), axis=None)
         if not self.in_memory and not extra:
-            total = zeros
-            for x, y, weight in self._dataset:
-                total += function(x, y, weight)
-            return total
+            every = iter(self._dataset)
+            return tf.while_loop(
+                lambda batch, total: batch.has_value(),
+                lambda batch, total: (
+                    every.get_next_as_optional(),
+                    total + function(*batch.get_value()),
+                ),
+                (every.get_next_as_optional(), zeros),
+            )[1]
         return self._sum(function, zeros, copies, *self._tensors(), *extra)
 
     def _sum(self, function, zeros, copies, *data):
         """Return zeros + the sum of function(*batch) over batches of tensors in memory."""
-        total, n, step = zeros, data[1].shape[0], self.rows_for(copies)
+        n, step = data[1].shape[0], self.rows_for(copies)
         if n <= step:
-            total += function(*data)
-        else:
-            for start in tf.range(0, n, step):
-                rows = slice(start, start + step)
-                total += function(*keras.tree.map_structure(lambda a, r=rows: a[r], data))
-        return total
+            return zeros + function(*data)
+
+        def add(start, total):
+            batch = keras.tree.map_structure(lambda a: a[start : start + step], data)
+            return start + step, total + function(*batch)
+
+        return tf.while_loop(lambda start, total: start < n, add, (0, zeros))[1]
 
     def over_replicas(self, function, copies):
         """Return rows function(*batch) (b, k) of every replica's share, in the examples' order.
@@ -171,11 +177,13 @@ class Batches:
         def of_a_share(*share):
             n, step = share[1].shape[0], self.rows_for(copies)
             parts = tf.TensorArray(self.dtype, -(-n // step), element_shape=(None, None))
-            for i in tf.range(-(-n // step)):
+
+            def one(i, parts):
                 rows = slice(i * step, (i + 1) * step)
-                batch = keras.tree.map_structure(lambda a, r=rows: a[r], share)
-                parts = parts.write(i, function(*batch))
-            return parts.concat()
+                batch = keras.tree.map_structure(lambda a: a[rows], share)
+                return i + 1, parts.write(i, function(*batch))
+
+            return tf.while_loop(lambda i, _: i < -(-n // step), one, (0, parts))[1].concat()
 
         parts = self.strategy.run(of_a_share, args=self._shares)
         return self.strategy.gather(parts, axis=0)

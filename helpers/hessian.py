@@ -56,7 +56,7 @@ class Symmetric(LinearOperator):
         def matvec(v, damping):
             return tf.cast(self.product()(tf.cast(v, precision)), tf.float64) + damping * v
 
-        return self.compiled.setdefault("damped", tf.function(matvec, reduce_retracing=True))
+        return self.compiled.setdefault("damped", keras_facts.traced(matvec))
 
     def _matmat(self, vectors):
         return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()

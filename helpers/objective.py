@@ -34,7 +34,7 @@ def compiled(function):
         cache = objective.compiled
         if function not in cache:
             _ = objective.head  # built and probed here, since that can not be inside a graph
-            cache[function] = tf.function(partial(function, objective), reduce_retracing=True)
+            cache[function] = keras_facts.traced(partial(function, objective))
         return cache[function](*args)
 
     call.__doc__, call.__name__, call.graph = function.__doc__, function.__name__, function
@@ -225,7 +225,7 @@ class Objective:
         def assign(vector):
             self.move(self.unflatten(vector))
 
-        return tf.function(assign)  # ten times as fast as one by one, and descents do it often
+        return keras_facts.traced(assign)  # ten times as fast as one by one
 
     def flatten(self, tensors):
         """Return a list shaped like the variables as one vector (p,); None counts as zero."""
@@ -263,7 +263,7 @@ class Objective:
 
     @cached_property
     def _batch_losses(self):
-        return tf.function(lambda x, y: self.loss(x, y), reduce_retracing=True)
+        return keras_facts.traced(lambda x, y: self.loss(x, y))
 
     def loss_of_predictions(self, y, predictions):
         """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""

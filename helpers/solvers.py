@@ -22,6 +22,7 @@ import tensorflow as tf
 from . import checks
 from .gradients import by_differences, is_vectorisable
 from .hessian import GaussNewton, as_operator
+from .keras_facts import traced
 from .linalg import Factor, damped
 from .spectrum import choose_damping, spectrum
 
@@ -139,8 +140,8 @@ def columns_of(b):
 def _certified(H, b, x, size, single, solver, known):
     """Return the Solution x * size: what is `known` about the solve, and its true residual."""
     product, k = known.get("product") or partial(_fresh, H, solver.damping), b.shape[1]
-    residual = np.linalg.norm(b - np.asarray(product(x), np.float64), axis=0)
-    norms = np.linalg.norm(b, axis=0)
+    residual = known["residual"] if "residual" in known else b - np.asarray(product(x), np.float64)
+    residual, norms = np.linalg.norm(residual, axis=0), np.linalg.norm(b, axis=0)
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
     negative = known.get("negative", np.zeros(k, bool))
     low, high = known.get("spectrum", (np.nan, np.nan))
@@ -269,9 +270,7 @@ class CG(Solver):
     def run(self, H, b):
         precondition = self._preconditioner(H)
         loop = partial(_cg_loop, H.damped, precondition.function)
-        run = H.compiled.setdefault(
-            ("CG", precondition.function), tf.function(loop, reduce_retracing=True)
-        )
+        run = H.compiled.setdefault(("CG", precondition.function), traced(loop))
         shift = tf.constant(self.damping, tf.float64)
         x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
         steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
@@ -297,7 +296,8 @@ class CG(Solver):
             if not missed.any() or steps.max() >= self.max_steps:
                 break
             rhs = residual * missed
-        return x, known | {"steps": steps, "negative": negative, "history": np.concatenate(history)}
+        known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
+        return x, known | {"residual": residual}
 
     def _preconditioner(self, H):
         which = self.precondition
@@ -410,12 +410,11 @@ def gauss_newton_preconditioner(objective, damping):
     """
     g = GaussNewton(objective).dense()
     floor = 1e-6 * np.abs(np.diag(g)).mean()
-    try:
-        factor = np.linalg.cholesky(damped(g, max(damping, floor)))
-    except np.linalg.LinAlgError:  # the loss is not convex in the outputs
+    try:  # TensorFlow's, which other work on the machine slows down less than OpenBLAS's
+        factor = tf.linalg.cholesky(damped(g, max(damping, floor)))
+    except tf.errors.InvalidArgumentError:  # the loss is not convex in the outputs
         values, q = np.linalg.eigh(g)
-        factor = np.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
-    factor = tf.constant(factor)
+        factor = tf.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
     return Preconditioner(_cholesky_solve, (factor,))
 
 
@@ -479,7 +478,7 @@ class LiSSA(Solver):
         low = max(seen.lambda_min + self.damping, 1e-6 * scale)
         depth = self.depth or int(np.clip(np.log(1 / self.rtol) * scale / low, 10, 20_000))
         x, drawn = np.zeros_like(b), 0 if batch == n else batch
-        loop = tf.function(partial(_lissa, H, drawn == 0), reduce_retracing=True)
+        loop = traced(partial(_lissa, H, drawn == 0))
         loop = H.compiled.setdefault(("LiSSA", drawn == 0), loop)
         numbers = [tf.constant(float(a), H.precision) for a in (self.damping, scale)]
         for _ in range(self.samples):
