@@ -12,17 +12,18 @@ RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
-  crosscheck peers
+  crosscheck peers clean-cache
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
 
-.venv/ready: requirements.lock
+.venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else \
 	  "Python 3.11 or 3.12 is needed, found %d.%d: make PYTHON=/path/to/python3.11" % v)'
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation -e .
 	@touch $@
 
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
@@ -74,6 +75,9 @@ crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside da
 	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python
 
 peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
+
+clean-cache:  ## delete data/derived: drawn pictures, features, everything that is kept on disk
+	rm -rf data/derived
 
 lint: .venv/ready  ## format and lint, notebooks too
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
+from . import keras_facts
 
 
 def number(name, value, *, positive=False):
@@ -255,16 +255,16 @@ def probe(objective, head):
         naming what is wrong, where a gradient is no gradient, or where a float32 model has no right
         second derivative.
     """
-    if objective.strategy is not None:
+    if objective.data.strategy is not None:
         return Derivatives(False, False, False, "derivatives not checked under a strategy")
-    k = int(np.clip(2e8 // max(1, objective.bytes_an_example), 2, 8))
-    x, y, _ = next(iter(objective.batches(batch_size=k)))
+    k = int(np.clip(2e8 // max(1, objective.data.bytes_an_example), 2, 8))
+    x, y, _ = objective.data.first(k)
     rng = np.random.default_rng(0)
     if head is not None:
         outputs = head.outputs(head._features(x), objective.theta)
         loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
-        (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss_name}"
-        if flat and objective.in_memory:
+        (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss.name}"
+        if flat and objective.data.in_memory:
             flat = not head.curvatures(head.y, head.outputs(head.phi, objective.theta)).any()
     else:
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
@@ -358,7 +358,7 @@ def _of_tensor(function, tensor, rng):
 def _of_parameters(objective, x, y, rng):
     """Return the _Probe of the summed loss of some examples in the selected parameters."""
     tensors, dtype = objective.tensors, objective.dtype
-    x = objective.cast(x)
+    x = objective.data.cast(x)
     theta = [np.asarray(t, np.float64) for t in tensors]
     sizes = [max(float(np.sqrt(np.mean(t**2))), 1e-2) for t in theta]
     point = [t + 0.01 * s * rng.normal(size=t.shape) for t, s in zip(theta, sizes, strict=True)]
@@ -373,7 +373,7 @@ def _of_parameters(objective, x, y, rng):
 
     def slopes():
         with tf.GradientTape() as tape:
-            value = tf.reduce_sum(objective.example_losses(x, y))
+            value = tf.reduce_sum(objective.loss(x, y))
         return value, tape.gradient(value, tensors)
 
     def at(h):
@@ -406,23 +406,23 @@ def _flat(parts, like):
 
 def _culprit(objective, x, y, rng):
     """Return in words which part of a model has the wrong derivative, as far as can be found."""
-    outputs = objective.outputs(objective.cast(x))
+    outputs = objective.loss.outputs(objective.data.cast(x))
     mask = keras_facts.mask_of(outputs)
 
     def loss(o):
         o = keras_facts.with_mask(tf.cast(o, objective.dtype), mask)
-        return tf.cast(tf.reduce_sum(objective.loss_of_outputs(y, o)), tf.float64)
+        return tf.cast(tf.reduce_sum(objective.loss.of_outputs(y, o)), tf.float64)
 
     wrong = "gradient", "curvature"
     if (
         _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), objective.dtype)[0]
         in wrong
     ):
-        return f"the loss {objective.loss_name}"
+        return f"the loss {objective.loss.name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
     with keras_facts.tapped(layers, seen):
-        objective.model(objective.cast(x), training=False)
+        objective.model(objective.data.cast(x), training=False)
     for layer, calls in seen.items():
         given = calls[0][0]
         if not tf.is_tensor(given) or not given.dtype.is_floating:

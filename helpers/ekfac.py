@@ -1,17 +1,21 @@
 """EK-FAC: the Gauss-Newton matrix layer by layer, in the eigenbasis of its Kronecker factors."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import keras_facts
-from helpers.curvature import compiled, map_rows, output_factors
-from helpers.solvers import columns_of
+from . import keras_facts
+from .gradients import map_rows
+from .hessian import output_factors
+from .objective import compiled
+from .solvers import Solver
 
 
-class EKFAC:
+@dataclass(frozen=True)
+class EKFAC(Solver):
     """(G + diag(decay) + damping I)^-1 with G one block a layer, diagonal in a Kronecker basis.
 
     George et al. 2018; Grosse et al. 2023, section 2.2. With a (d,) a Dense layer's input and
@@ -22,20 +26,31 @@ class EKFAC:
     Conv2D a are patches; gradients and factors are sums over positions (Grosse & Martens 2016).
 
     All columns are used, none sampled. Coordinates are scaled by the square root of decay +
-    damping, so that a bias without decay beside a kernel with it costs no accuracy.
+    damping, so that a bias without decay beside a kernel with it costs no accuracy. The certificate
+    holds x against the whole operator (`GaussNewton(objective)` is what EK-FAC approximates); it is
+    judged by being nearer to the solution than zero is.
 
-    Parameters
-    ----------
-    objective : Objective of Dense and Conv2D parameters; every other layer must have none selected.
-    damping : added to the diagonal; it may be 0 where every parameter is decayed.
+    damping : it may be 0 where every parameter is decayed. The objective's parameters are those of
+    Dense and Conv2D layers.
     """
 
-    def __init__(self, objective, *, damping=0.0):
+    approximate: ClassVar[float] = 1.0
+
+    def run(self, H, b):
+        return Blocks(H.objective, self.damping).solve(b), {"method": "EK-FAC"}
+
+
+class Blocks:
+    """The factors of EK-FAC for an objective and a damping, for any number of right-hand sides."""
+
+    def __init__(self, objective, damping):
+        if objective is None:
+            raise ValueError("EK-FAC needs the layers of a model: pass a GaussNewton or Hessian.")
         shift = objective.decay + damping
         if shift.min() <= 0:
             raise ValueError("EK-FAC needs weight decay on every parameter, or damping > 0.")
-        first, _, _ = next(iter(objective.batches(1)))
-        columns = int(np.prod(objective.outputs(first).shape[1:]))
+        first, _, _ = objective.data.first(1)
+        columns = int(np.prod(objective.loss.outputs(first).shape[1:]))
         self._wheres = [block.where for block in _blocks(objective)]
         self._scales = [1 / np.sqrt(shift[where[:, :1]]) for where in self._wheres]
         d_o = [where.shape for where in self._wheres]
@@ -49,15 +64,14 @@ class EKFAC:
         self._diagonals = [1 + diagonal / objective.n for diagonal in diagonals]
 
     def solve(self, b):
-        """Return the solution for b, (p,) or columns (p, k), in float64."""
-        b, single = columns_of(b)
+        """Return the solution for columns (p, k), in float64."""
         x = np.empty_like(b)
         for where, scale, (q, r), diagonal in zip(
             self._wheres, self._scales, self._bases, self._diagonals, strict=True
         ):
             v = _rotated(b[where] * scale[..., None], q, r) / diagonal[..., None]
             x[where] = _rotated(v, q.T, r.T) * scale[..., None]
-        return x[:, 0] if single else x
+        return x
 
 
 def _rotated(v, q, r):
@@ -79,7 +93,7 @@ def _blocks(objective):
         for v, *at in zip(objective.variables, ends[:-1], ends[1:], strict=True)
     }
     blocks = []
-    for layer in objective.model._flatten_layers(include_self=False):
+    for layer in keras_facts.all_layers(objective.model):
         supported = type(layer) is keras.layers.Dense or (
             type(layer) is keras.layers.Conv2D
             and layer.groups == 1
@@ -95,7 +109,7 @@ def _blocks(objective):
         raise ValueError(
             f"EK-FAC is defined for the kernels (and their biases) of Dense and Conv2D layers, not "
             f"for {len(names)} others, such as {names[0]}: leave them out with parameters=[layer "
-            "names], or use influence.ihvp with solver='cg', gauss_newton=True."
+            "names], or solve by CG with GaussNewton(objective)."
         )
     return blocks
 
@@ -109,7 +123,7 @@ def _passes(objective, x, y):
     layers = [block.layer for block in blocks]
     with tf.GradientTape(persistent=True) as tape:
         with keras_facts.tapped(layers, seen):
-            outputs = objective.outputs(x)
+            outputs = objective.loss.outputs(x)
         calls = [seen.get(block.layer, []) for block in blocks]
         if any(len(call) != 1 for call in calls):
             names = [b.layer.name for b, c in zip(blocks, calls, strict=True) if len(c) != 1]
@@ -154,7 +168,7 @@ def _factors(objective, columns, scales):
         return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
 
     size = sum(k * k for block in _blocks(objective) for k in block.where.shape)
-    return objective.accumulate(
+    return objective.data.accumulate(
         one_batch, tf.zeros(size, objective.dtype), _copies(objective, columns)
     )
 
@@ -176,12 +190,12 @@ def _diagonals(objective, columns, scales, bases):
         return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
 
     zeros = tf.zeros(objective.p, objective.dtype)
-    return objective.accumulate(one_batch, zeros, _copies(objective, columns))
+    return objective.data.accumulate(one_batch, zeros, _copies(objective, columns))
 
 
 def _copies(objective, columns):
     """Return how many batches' worth of activations a pass holds: C of them, and of gradients."""
-    return int(columns * (1 + 8 * objective.p / max(1, objective.bytes_an_example)))
+    return int(columns * (1 + 8 * objective.p / max(1, objective.data.bytes_an_example)))
 
 
 def _unpacked(packed, shapes):

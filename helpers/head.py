@@ -17,26 +17,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from helpers import keras_facts
-
-ON_GPU = bool(tf.config.list_physical_devices("GPU"))
-
-
-def gemm(a, b):
-    """Return a @ b in float64: on the GPU where there is one, else by NumPy's BLAS.
-
-    TensorFlow's own float64 product is 2.5 times slower than OpenBLAS on a CPU.
-    """
-    return tf.matmul(a, b).numpy() if ON_GPU else a @ b
-
-
-def gram(phi, weight):
-    """Return phi' diag(weight) phi; weights of one sign take half the work (a symmetric GEMM)."""
-    sign = 1 if weight.min() >= 0 else -1 if weight.max() <= 0 else 0
-    if sign == 0:
-        return gemm(phi.T, phi * weight[:, None])
-    half = phi * np.sqrt(np.abs(weight))[:, None]
-    return sign * gemm(half.T, half)
+from . import keras_facts
+from .linalg import gemm, gram
 
 
 class Head:
@@ -45,7 +27,7 @@ class Head:
     def __init__(self, objective, end):
         self.objective, self._end, self._dense = objective, end, end.dense
         self.n, self.decay = objective.n, objective.decay
-        own, last = end.dense.activation, objective.last_activation
+        own, last = end.dense.activation, objective.loss.last_activation
         self._activation = own if end.own else last or keras.activations.linear
         self.c = end.dense.units
         self._hold()
@@ -63,12 +45,12 @@ class Head:
 
         A StreamedHead for data on disk whose features would not fit the memory budget.
         """
-        x, _, _ = next(iter(objective.batches(batch_size=2)))
+        x, _, _ = objective.data.first(2)
         end = keras_facts.end_of(objective.model, x, objective.variables)
         if end is None:
             return None
-        large = 8 * objective.n * end.dense.kernel.shape[0] > objective.memory_budget
-        return (StreamedHead if large and not objective.in_memory else cls)(objective, end)
+        large = 8 * objective.n * end.dense.kernel.shape[0] > objective.data.memory_budget
+        return (StreamedHead if large and not objective.data.in_memory else cls)(objective, end)
 
     def blocks(self):
         """Yield this head once for each block of training examples that it holds at a time."""
@@ -77,7 +59,7 @@ class Head:
     def relabel(self, y):
         """Give the examples other labels (n,), shaped and typed like their own.
 
-        For the closed forms and refits of `retraining`; the objective's own data stay as they are.
+        For the closed forms, `fit` and `removals`; the objective's own data stay as they are.
         """
         given, y = np.asarray(y), np.asarray(y).astype(self.y.dtype)
         if (given != y).any():
@@ -92,7 +74,7 @@ class Head:
     def _read(self):
         """Yield the features, labels and weights of each batch of training examples."""
         start = 0
-        for x, y, weight in self.objective.batches():
+        for x, y, weight in self.objective.data.each():
             part = self._features(x), y.numpy(), weight.numpy().astype(np.float64)
             stop = start + len(part[1])
             if not all(np.isfinite(a).all() for a in part):
@@ -111,7 +93,7 @@ class Head:
 
     def features(self, x, y):
         """Return phi (m, d) of other examples, computed in batches."""
-        return np.concatenate([self._features(xb) for xb, _, _ in self.objective.batches_of(x, y)])
+        return np.concatenate([self._features(xb) for xb, _, _ in self.objective.data.of(x, y)])
 
     def outputs(self, phi, theta):
         """Return o (m, C) for one theta (p,), or (m, C, k) for k of them (p, k)."""
@@ -140,24 +122,23 @@ class Head:
         ).numpy()
         return np.moveaxis(values.reshape(m, *k, *values.shape[1:]), 1, -1) if k else values
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def _losses(self, y, outputs):
         return self.losses_in_graph(y, outputs)
 
     def losses_in_graph(self, y, outputs):
         """Return the loss at outputs (m, C) as a tensor (m,), to be differentiated."""
-        loss = self.objective.loss_in("float64")
-        values = loss(y, self._activation(outputs))
+        values = self.objective.loss.entries(y, self._activation(outputs), "float64")
         return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def _residuals(self, y, outputs):
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             losses = self._losses(y, outputs)
         return tape.gradient(losses, outputs)
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def tf_curvatures(self, y, outputs):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)
@@ -257,7 +238,7 @@ class StreamedHead(Head):
     def __getattr__(self, name):
         if name not in ("phi", "y", "weight", "tensors"):
             raise AttributeError(name)
-        size, budget = 8e-9 * self.n * self.d, 1e-9 * self.objective.memory_budget
+        size, budget = 8e-9 * self.n * self.d, 1e-9 * self.objective.data.memory_budget
         raise ValueError(
             f"This needs all features in memory, {size:.1f} GB, and the objective's memory_budget "
             f"is {budget:.1f}: raise it. Streamed are fit_head, s_test (with a number for damping "

@@ -10,148 +10,28 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from helpers import checks
-from helpers.approximations import (
-    gauss_newton_preconditioner,
-    numpy_product,
-    nystroem_preconditioner,
-    solve_lissa,
-    solve_low_rank,
-)
-from helpers.curvature import (
-    along,
-    blocks_of_dots,
-    by_differences,
-    compiled,
-    dense_gauss_newton,
-    dense_hessian,
-    hessian_operator,
-    is_vectorisable,
-    per_example_gradients,
-    sum_of_products,
-)
-from helpers.solvers import (
-    Cholesky,
-    Solution,
-    columns_of,
-    conjugate_gradient,
-    damped,
-    solve_cholesky,
-    solve_eigh,
-)
-from helpers.spectrum import choose_damping
-
-DENSE_LIMIT = 5_000  # parameters up to which a dense matrix is formed by default: 200 MB
+from . import checks
+from .gradients import along, blocks_of_dots, by_differences, per_example_gradients, sum_of_products
+from .hessian import as_operator
+from .linalg import Factor, damped
+from .objective import compiled
+from .solvers import Solution, solve
 
 
-def ihvp(objective, b, *, solver="auto", damping="auto", rtol=None, max_steps=1000, **options):
-    """Return the solution of (H + damping I) x = b for an objective, with its certificate.
-
-    solver : "auto" (Cholesky for a head of up to 5,000 parameters, else CG), "cholesky" or "eigh"
-        (form H), "cg" (products only; with `gauss_newton=True` of G, which has no negative
-        eigenvalue), "gauss_newton" (Cholesky of G + damping I), "lissa", "low_rank"; further
-        `options` go to the solver.
-    damping : a number, or "auto" for `spectrum.choose_damping`.
-    rtol : the relative residual to reach, or to be judged by; by default 1e-8, 1e-4 for float32
-        products and for differences of gradients, 1e-2 for LiSSA and low rank. A dense matrix of a
-        network is certified by a fresh product, not by itself.
-    """
-    if len(b) != objective.p:
-        raise ValueError(f"b has {len(b)} rows, the objective {objective.p} parameters.")
-    columns_of(b)
-    if damping == "auto":
-        damping = choose_damping(objective).value
-    damping = checks.number("damping", damping)
-    checks.curvature(objective)
-    if solver == "auto":
-        solver = "cholesky" if objective.head and objective.p <= DENSE_LIMIT else "cg"
-    if rtol is None:
-        rounded = objective.dtype == "float32" or objective.derivatives.by_differences
-        coarse = not objective.head and rounded
-        rtol = 1e-2 if solver in ("lissa", "low_rank") else 1e-4 if coarse else 1e-8
-    shared = {"damping": damping, "rtol": checks.number("rtol", rtol), **options}
-    found = _solved(objective, b, solver, max_steps, shared)
-    return found._replace(derivatives=objective.derivatives.words)
-
-
-def _solved(objective, b, solver, max_steps, shared):
-    if solver in ("cholesky", "gauss_newton", "eigh") and not objective.head:
-        # the matrix is rounded as its products are: certify by a fresh one
-        shift = 0.0 if solver == "eigh" else shared["damping"]
-        gauss_newton = solver == "gauss_newton"
-        fresh = numpy_product(objective, shift, gauss_newton=gauss_newton)
-        shared = dict(zip(("product", "dtype"), fresh, strict=True)) | shared
-    if solver == "cholesky":
-        return solve_cholesky(dense_hessian(objective), b, **shared)
-    if solver == "gauss_newton":
-        return solve_cholesky(dense_gauss_newton(objective), b, **shared)._replace(
-            method="Cholesky of the Gauss-Newton matrix"
-        )
-    if solver == "eigh":
-        damping = shared.pop("damping")
-        return solve_eigh(dense_hessian(objective), b, damping, **shared)[0]
-    if solver == "cg":
-        return _ihvp_cg(objective, b, max_steps=max_steps, **shared)
-    if solver == "lissa":
-        return solve_lissa(objective, b, **shared)
-    if solver == "low_rank":
-        return solve_low_rank(objective, b, **shared)
-    raise ValueError(
-        f"solver='{solver}' is not known: 'auto', 'cholesky', 'eigh', 'cg', "
-        "'gauss_newton', 'lissa' or 'low_rank'."
-    )
-
-
-def _ihvp_cg(objective, b, *, damping, precondition="auto", gauss_newton=False, **options):
-    dtype = "float64" if objective.head else objective.dtype
-    if precondition == "auto":
-        cheap = not objective.head and objective.p <= DENSE_LIMIT and is_vectorisable(objective)
-        precondition = "gauss_newton" if cheap else None
-    if precondition == "gauss_newton":
-        precondition = gauss_newton_preconditioner(objective, damping)
-    elif precondition == "nystroem":
-        precondition = nystroem_preconditioner(objective, damping)
-    own = objective.compiled.setdefault("gauss_newton", {}) if gauss_newton else objective.compiled
-    return conjugate_gradient(
-        hessian_operator(objective, gauss_newton=gauss_newton),
-        b,
-        damping=damping,
-        precondition=precondition,
-        dtype=dtype,
-        compiled=own,
-        **options,
-    )
-
-
-def s_test(
-    objective,
-    x_test,
-    y_test,
-    *,
-    solver="auto",
-    damping="auto",
-    rtol=None,
-    max_steps=1000,
-    **options,
-):
+def s_test(H, x_test, y_test, solver=None, *, damping="auto"):
     """Return s_test = (H + damping I)^-1 grad loss(z_test), one column a test point, as a Solution.
 
     Koh & Liang 2017, section 3. The test gradients carry no regulariser; H is of the whole
     objective. `x` of the Solution is (p, m); a zero test gradient has a zero column, and one that
-    is zero but for rounding raises a UserWarning, as does a system that was not solved. Solvers,
-    damping and further options: `ihvp`.
+    is zero but for rounding raises a UserWarning, as does a system that was not solved.
+
+    H : an Objective, for its Hessian, or a `Hessian` or `GaussNewton` of one.
+    solver, damping : as `solve` takes them.
     """
-    gradients = per_example_gradients(objective, x_test, y_test)
+    H = as_operator(H)
+    gradients = per_example_gradients(H.objective, x_test, y_test)
     _warn_of_zeros(np.linalg.norm(gradients, axis=1), gradients.dtype)
-    found = ihvp(
-        objective,
-        gradients.T,
-        solver=solver,
-        damping=damping,
-        rtol=rtol,
-        max_steps=max_steps,
-        **options,
-    )
+    found = solve(H, gradients.T, solver, damping=damping)
     found.warn_unless_solved()
     return found
 
@@ -252,16 +132,18 @@ def influence_on_loss(objective, s):
     return -objective.n * predicted_loss_change(objective, s)
 
 
-def self_influence(objective, x, y, *, damping=0.0):
+def self_influence(H, x, y, *, damping=0.0):
     """Return grad loss_i' (H + damping I)^-1 grad loss_i of each given example, (m,), >= 0.
 
     The data gradient on both sides, no 1/n. For a binary logistic head this is sigma_i^2 x'H^-1 x;
-    the code released with Koh & Liang 2017 had sigma_i instead of its square.
+    the code released with Koh & Liang 2017 had sigma_i instead of its square. H : as in `s_test`.
     """
+    H = as_operator(H)
+    objective = H.objective
     checks.curvature(objective)
     x, y = objective.examples(x, y)
-    factor = Cholesky(damped(dense_hessian(objective), checks.number("damping", damping)))
-    step = objective.affordable_batch(16 * objective.p)
+    factor = Factor(damped(H.dense(), checks.number("damping", damping)))
+    step = objective.data.affordable(16 * objective.p)
     values = []
     for start in range(0, len(y), step):
         rows = slice(start, start + step)
@@ -286,7 +168,7 @@ def influence_wrt_input(objective, s, x, y):
             "influence_wrt_input needs real-valued inputs: integers have no gradient. For text "
             "take the output of the embedding as input."
         )
-    batches = objective.batches_of(*objective.examples(x, y))
+    batches = objective.data.of(*objective.examples(x, y))
     parts = [_input_gradients(objective, s, xb, yb).numpy() for xb, yb, _ in batches]
     return np.concatenate(parts)
 
@@ -299,7 +181,7 @@ def _input_gradients(objective, s, x, y):
     with tf.GradientTape() as outer:
         outer.watch(x)
         with tf.GradientTape() as inner:
-            loss = tf.reduce_sum(objective.example_losses(x, y))
+            loss = tf.reduce_sum(objective.loss(x, y))
         dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
     return outer.gradient(dot, x)
 
@@ -307,5 +189,5 @@ def _input_gradients(objective, s, x, y):
 def _slope_of_input(objective, x, y):
     with tf.GradientTape() as tape:
         tape.watch(x)
-        loss = tf.reduce_sum(objective.example_losses(x, y))
+        loss = tf.reduce_sum(objective.loss(x, y))
     return tape.gradient(loss, x)

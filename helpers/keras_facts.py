@@ -12,9 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.losses.loss import squeeze_or_expand_to_same_rank
+from keras.src.models import Functional
 from keras.src.trainers.compile_utils import get_loss
 
 losses = keras.losses
+# Keras runs layers and losses as they are; AutoGraph would take as long as all other tracing
+traced = partial(tf.function, autograph=False, reduce_retracing=True)
 SPARSE = {losses.sparse_categorical_crossentropy}
 BINARY = {losses.binary_crossentropy, losses.binary_focal_crossentropy}
 OF_LOGITS = SPARSE | {losses.binary_crossentropy, losses.categorical_crossentropy}
@@ -95,7 +98,7 @@ def resize_in_float64(model):
 
     TensorFlow resizes in float32 and rounds a float64 model's predictions to seven digits there.
     """
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         kinds = (keras.layers.UpSampling2D, keras.layers.Resizing)
         rounds = isinstance(layer, kinds) and layer.compute_dtype == "float64"
         if rounds and not hasattr(layer.call, "exact"):
@@ -112,6 +115,17 @@ def _exactly(call):
 
 
 # ------------------------------------------------------------------ what hangs on a tensor
+
+
+def predict(model, x):
+    """Return a model's predictions of a batch, (b, ...), with what Keras hangs on them."""
+    with exact_derivatives():
+        predictions = keras.tree.flatten(model(x, training=False))
+    if len(predictions) > 1:
+        raise ValueError(
+            "The model has several outputs. Bind one: keras.Model(model.inputs, model.outputs[0])."
+        )
+    return predictions[0]
 
 
 def mask_of(tensor):
@@ -137,17 +151,17 @@ def logits_of(predictions):
     return found
 
 
-def last_activation(predict, x):
-    """Return the activation by which x -> predictions ends above its logits, or None."""
+def last_activation(model, x):
+    """Return the activation by which a model's predictions of x end above its logits, or None."""
     hung = [False]
 
     def both():
-        predictions = predict(x)
+        predictions = predict(model, x)
         hung[0] = hasattr(predictions, "_keras_logits")
         logits = logits_of(predictions)
         return predictions, predictions if logits is None else logits, logits is not None
 
-    predictions, logits, found = tf.function(both, autograph=False).get_concrete_function()()
+    predictions, logits, found = traced(both).get_concrete_function()()
     if not found or logits.shape != predictions.shape:
         return None
     kind = keras.activations if hung[0] else tf.nn  # Keras's losses tell them apart
@@ -263,6 +277,44 @@ def _objects_in(loss):
 
 # ------------------------------------------------------------------ layers
 
+VECTORISABLE = {
+    *("Dense", "Conv1D", "Conv2D", "Embedding", "InputLayer", "Flatten", "Reshape", "Rescaling"),
+    *("Activation", "ReLU", "Dropout", "BatchNormalization", "LayerNormalization"),
+    *("AveragePooling1D", "AveragePooling2D", "MaxPooling2D", "ZeroPadding2D"),
+    *("GlobalAveragePooling1D", "GlobalAveragePooling2D", "Add", "Multiply", "Concatenate"),
+}
+
+
+def all_layers(model):
+    """Return a model, the layers in it, and those inside them."""
+    return list(model._flatten_layers())
+
+
+def is_vectorisable(model):
+    """Return whether every layer is known to survive `tf.vectorized_map`, twice differentiated."""
+    containers = (keras.Sequential, Functional)
+    return all(
+        (type(la).__name__ in VECTORISABLE and getattr(la, "groups", 1) == 1)
+        or isinstance(la, containers)
+        for la in all_layers(model)
+    )
+
+
+def bytes_an_example(model, x, dtype):
+    """Return what a Hessian-vector product holds of one example: about eight copies of all layers.
+
+    x : a batch of inputs.
+    """
+    inputs = sum(np.prod(a.shape[1:]) for a in keras.tree.flatten(x))
+    layers = 0
+    for layer in all_layers(model)[1:]:
+        try:
+            shapes = [t.shape[1:] for t in keras.tree.flatten(layer.output)]
+            layers += sum(np.prod([s or 1 for s in shape]) for shape in shapes)
+        except AttributeError:  # a layer of a subclassed model knows no output shape
+            layers += 32 * inputs
+    return 8 * tf.as_dtype(dtype).size * (inputs + layers)
+
 
 @contextmanager
 def tapped(layers, seen):
@@ -348,7 +400,7 @@ def end_of(model, x, variables):
                 found[0] = End(dense, after is predictions, direct)
         return predictions
 
-    tf.function(call, autograph=False).get_concrete_function(x)
+    traced(call).get_concrete_function(x)
     return found[0]
 
 
@@ -383,7 +435,7 @@ def last_layer(model, x):
                 left += [t.ref() for t in tensor.deref().op.inputs]
         return predictions
 
-    tf.function(walk, autograph=False).get_concrete_function(x)
+    traced(walk).get_concrete_function(x)
     unique = list({id(la): la for la in found}.values())
     own = [v for v in unique if v is None]
     if len(unique) != 1 or own:

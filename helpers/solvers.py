@@ -1,21 +1,66 @@
 """Solves of (H + damping I) x = b, each with a certificate that says how good it is.
 
-One convention: `damping` is added to the diagonal once, by every solver here, LiSSA included.
+    solution = solve(Hessian(objective), b, CG(damping=0.01, rtol=1e-6))
+
+One convention: `damping` is added to the diagonal once, by every solver, LiSSA included.
 Right-hand sides are columns, (p,) or (p, k). The residual of a certificate is the true one:
 b - (H + damping I) x from a fresh product at the end, subtracted and normed in float64.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.linalg.blas
+import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers import checks
+from . import checks
+from .gradients import by_differences, is_vectorisable
+from .hessian import GaussNewton, as_operator
+from .keras_facts import traced
+from .linalg import Factor, damped
+from .spectrum import choose_damping, spectrum
+
+DENSE_LIMIT = 5_000  # parameters up to which a dense matrix is formed by default: 200 MB
+
+
+def solve(H, b, solver=None, *, damping="auto"):
+    """Return the Solution of (H + damping I) x = b, with its certificate.
+
+    H : a `Hessian` or `GaussNewton`, an Objective for its Hessian, or a symmetric array (p, p).
+    b : (p,) or columns (p, k).
+    solver : one of the solver objects below; by default `Cholesky` for a head of up to 5,000
+        parameters and for an array, else `CG`.
+    damping : of the default solver: a number, or "auto" for `spectrum.choose_damping` (0 for an
+        array, which is taken as it is).
+    """
+    H = as_operator(H)
+    if solver is None:
+        dense = not H.objective or (H.objective.head and H.shape[0] <= DENSE_LIMIT)
+        solver = Cholesky(damping) if dense else CG(damping)
+    elif not isinstance(solver, Solver):
+        raise TypeError(f"A solver object is needed, such as CG(damping=0.01), not {solver!r}.")
+    elif damping != "auto":
+        solver = replace(solver, damping=damping)
+    if len(b) != H.shape[0]:
+        raise ValueError(f"b has {len(b)} rows, the operator {H.shape[0]} parameters.")
+    b, single = columns_of(b)
+    if solver.damping == "auto":
+        solver = replace(solver, damping=choose_damping(H).value if H.objective else 0.0)
+    rtol = solver.usual_rtol(H) if solver.rtol is None else solver.rtol
+    numbers = {"damping": solver.damping, "rtol": rtol}
+    solver = replace(solver, **{name: checks.number(name, a) for name, a in numbers.items()})
+    if H.objective:
+        checks.curvature(H.objective)
+    size = np.abs(b).max(0, initial=0)
+    size[size == 0] = 1.0  # squares of 1e-170 would be zero
+    x, known = solver.run(H, b / size)
+    return _certified(H, b / size, x, size, single, solver, known)
 
 
 class Solution(NamedTuple):
@@ -92,121 +137,97 @@ def columns_of(b):
     return (b[:, None], True) if b.ndim == 1 else (b, False)
 
 
-def certify(matvec, b, x, single, *, rtol, damping, method, **known):
-    """Return a Solution: what is `known` about the solve, completed by its true residual."""
-    damping, rtol = checks.number("damping", damping), checks.number("rtol", rtol)
-    size = np.abs(b).max(0, initial=0)
-    size[size == 0] = 1.0  # squares of 1e-170 would be zero
-    residual = np.linalg.norm(b / size - np.asarray(matvec(x / size), np.float64), axis=0)
-    norms, k = np.linalg.norm(b / size, axis=0), b.shape[1]
+def _certified(H, b, x, size, single, solver, known):
+    """Return the Solution x * size: what is `known` about the solve, and its true residual."""
+    product, k = known.get("product") or partial(_fresh, H, solver.damping), b.shape[1]
+    residual = known["residual"] if "residual" in known else b - np.asarray(product(x), np.float64)
+    residual, norms = np.linalg.norm(residual, axis=0), np.linalg.norm(b, axis=0)
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
     negative = known.get("negative", np.zeros(k, bool))
     low, high = known.get("spectrum", (np.nan, np.nan))
-    dtype, largest = known.get("dtype", "float64"), known.get("largest", high)
-    grown = np.linalg.norm(x / size, axis=0)[norms > 0] / norms[norms > 0]
-    floor = np.finfo(dtype).eps * largest * grown.max(initial=0)
+    grown = np.linalg.norm(x, axis=0)[norms > 0] / norms[norms > 0]
+    floor = np.finfo(H.precision).eps * known.get("largest", high) * grown.max(initial=0)
+    x = x * size
     return Solution(
         x=x[:, 0] if single else x,
         relative_residual=relative,
         steps=known.get("steps", np.zeros(k, int)),
-        converged=(relative <= rtol) & ~negative,
+        converged=(relative <= solver.rtol) & ~negative,
         negative_curvature=negative,
         lambda_min=float(low),
         lambda_max=float(high),
-        damping=float(damping),
-        method=method,
-        dtype=dtype,
+        damping=solver.damping,
+        method=known.get("method", type(solver).__name__)
+        + " of the Gauss-Newton matrix" * isinstance(H, GaussNewton),
+        dtype=H.precision,
         history=known.get("history", np.zeros((0, k))),
         floor=float(floor),
+        derivatives=H.objective.derivatives.words if H.objective else "",
     )
 
 
-class Cholesky:
-    """A factorisation of a symmetric positive definite matrix (p, p), used for many solves.
+def _fresh(H, damping, x):
+    """Return (H + damping I) x (p, k) from a product of its own."""
+    return H.damped(tf.constant(x), tf.constant(damping, tf.float64)).numpy()
 
-    Raises
-    ------
-    np.linalg.LinAlgError
-        if the matrix has an eigenvalue that is not positive.
+
+@dataclass(frozen=True)
+class Solver:
+    """What all solvers have.
+
+    damping : added to the diagonal; a number, or "auto" for `spectrum.choose_damping`.
+    rtol : the relative residual to reach, or to be judged by; None for 1e-8, or 1e-4 for float32
+        products and for differences of gradients, or what the solver says of itself.
     """
 
-    def __init__(self, matrix):
-        try:
-            self._factor = scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
-        except np.linalg.LinAlgError as error:
-            raise np.linalg.LinAlgError(
-                "The matrix is not positive definite, so it has no Cholesky factor: add damping "
-                "above minus its smallest eigenvalue, or use the Gauss-Newton matrix."
-            ) from error
+    damping: float | str = "auto"
+    rtol: float | None = None
 
-    def solve(self, b):
-        """Return the solution for b, (p,) or (p, k)."""
-        return scipy.linalg.cho_solve((self._factor, True), b, check_finite=False)
+    approximate: ClassVar[float | None] = None  # the rtol of a solver that is no exact one
 
-    def whiten(self, b):
-        """Return L^-1 b, whose squared column norms are b' A^-1 b."""
-        return scipy.linalg.solve_triangular(self._factor, b, lower=True, check_finite=False)
+    def usual_rtol(self, H):
+        rounded = H.precision == "float32" or (H.objective and by_differences(H.objective))
+        return self.approximate or (1e-4 if rounded else 1e-8)
 
-    def unwhiten(self, b):
-        """Return L^-T b: the coordinates in which the matrix is the identity, turned back."""
-        return scipy.linalg.solve_triangular(
-            self._factor, b, lower=True, trans="T", check_finite=False
-        )
-
-    def product(self, b):
-        """Return L b."""
-        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True)
-
-    def transposed_product(self, b):
-        """Return L' b, the inverse of `unwhiten`."""
-        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True, trans_a=True)
+    def run(self, H, b):
+        """Return x (p, k), and what is known about the solve: a dict for the certificate."""
+        raise NotImplementedError
 
 
-def damped(matrix, damping):
-    """Return matrix + damping I as a new array."""
-    matrix = matrix.copy()
-    matrix[np.diag_indices_from(matrix)] += damping
-    return matrix
+@dataclass(frozen=True)
+class Cholesky(Solver):
+    """One factorisation of the dense H + damping I.
 
-
-def solve_cholesky(matrix, b, *, damping=0.0, rtol=1e-8, product=None, dtype="float64"):
-    """Return the solution of (A + damping I) x = b by one Cholesky factorisation.
-
-    matrix : A (p, p), symmetric; b : (p,) or (p, k). product : X -> (A + damping I) X, what the
-    certificate is taken of where the matrix was rounded, in `dtype`; by default the matrix. Raises
-    LinAlgError where A + damping I is not positive definite.
+    np.linalg.LinAlgError where it is not positive definite. A matrix of a network is rounded as its
+    products are: it is certified by a fresh one.
     """
-    damping, (b, single) = checks.number("damping", damping), columns_of(b)
-    a = damped(matrix, damping)
-    x = Cholesky(a).solve(b)
-    known = {"method": "Cholesky", "dtype": dtype, "largest": np.abs(a).sum(0).max()}
-    return certify(product or a.__matmul__, b, x, single, rtol=rtol, damping=damping, **known)
+
+    def run(self, H, b):
+        a = damped(H.dense(), self.damping)
+        exact = a.__matmul__ if _is_exact(H) else None
+        return Factor(a).solve(b), {"largest": np.abs(a).sum(0).max(), "product": exact}
 
 
-def solve_eigh(matrix, b, dampings, *, rtol=1e-8, product=None, dtype="float64"):
-    """Return one Solution a damping from a single eigendecomposition: every damping for free.
+@dataclass(frozen=True)
+class Eigh(Solver):
+    """x = Q (Lambda + damping)^-1 Q' b from all eigenvalues of the dense H.
 
-    x = Q (Lambda + damping I)^-1 Q' b. Negative eigenvalues are no obstacle to the formula; the
-    certificate reports them. product : X -> A X, what certificates are taken of, in `dtype`.
+    Negative ones are no obstacle to the formula; the certificate reports them.
     """
-    b, single = columns_of(b)
-    dampings = [checks.number("damping", damping) for damping in np.atleast_1d(dampings)]
-    values, q = scipy.linalg.eigh(matrix)
-    projected = q.T @ b
-    solutions = []
-    for damping in dampings:
-        shifted = values + damping
-        known = {
-            "negative": np.full(b.shape[1], shifted[0] <= 0),
-            "spectrum": (shifted[0], shifted[-1]),
-            "dtype": dtype,
-        }
-        inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=shifted != 0)
-        x = q @ (projected * inverse[:, None])
-        whole = partial(_damped_product, product or matrix.__matmul__, damping)
-        solution = certify(whole, b, x, single, rtol=rtol, damping=damping, method="eigh", **known)
-        solutions.append(solution)
-    return solutions
+
+    def run(self, H, b):
+        a = damped(H.dense(), self.damping)
+        values, q = scipy.linalg.eigh(a)
+        inverse = np.divide(1.0, values, out=np.zeros_like(values), where=values != 0)
+        known = {"negative": np.full(b.shape[1], values[0] <= 0)}
+        known |= {"spectrum": (values[0], values[-1])}
+        known["product"] = a.__matmul__ if _is_exact(H) else None
+        return q @ ((q.T @ b) * inverse[:, None]), known
+
+
+def _is_exact(H):
+    """Return whether a dense H is exact: an array, or the closed form of a head."""
+    return not H.objective or bool(H.objective.head)
 
 
 class Preconditioner(NamedTuple):
@@ -223,96 +244,72 @@ class Preconditioner(NamedTuple):
         return self.function(r, *self.arrays)
 
 
-def _damped_product(product, damping, x):
-    return product(x) + damping * x
-
-
-def conjugate_gradient(
-    product,
-    b,
-    *,
-    damping=0.0,
-    rtol=1e-8,
-    max_steps=1000,
-    precondition=None,
-    dtype="float64",
-    compiled=None,
-):
-    """Return the solution of (A + damping I) X = B by block conjugate gradients.
+@dataclass(frozen=True)
+class CG(Solver):
+    """Block conjugate gradients: products with H alone.
 
     O'Leary 1980 in the form of Dubrulle 2001, preconditioned; one `tf.while_loop`, one product of k
     columns a step. All columns search the space that all of them span, so k right-hand sides take
     no more steps together than the slowest takes alone, and usually fewer. One column is Hestenes &
     Stiefel's CG.
     How this differs from a textbook loop:
-    1. vectors and dot products are float64, whatever `dtype` the product computes in;
+    1. vectors and dot products are float64, whatever dtype the product computes in;
     2. directions that depend on others (equal, zero or surplus right-hand sides) are dropped;
     3. d'Ad <= 0 stops the solve and is reported as negative curvature, never divided by;
     4. when every ||r|| <= rtol ||b|| the true residual is computed; columns that missed it (the
        recursive residual drifts in float32) are restarted from it, at most twice.
 
-    Parameters
-    ----------
-    product : callable, V (p, k) -> A V, on tensors of `dtype`, usable inside a `tf.function`
-    b : (p,) or (p, k)
-    precondition : Preconditioner, or callable R (p, k) float64 -> M^-1 R, optional; M symmetric
-        positive definite
-    compiled : a dict that keeps the traced loop for the next call with the same product
-    """
-    damping, rtol = checks.number("damping", damping), checks.number("rtol", rtol)
-    b, single = columns_of(b)
-    size = np.abs(b).max(0, initial=0)
-    b = b / np.where(size > 0, size, 1)
-    shift, compiled = tf.constant(damping, tf.float64), {} if compiled is None else compiled
-    matvec = in_float64(product, dtype, compiled)
-    if not isinstance(precondition, Preconditioner):
-        precondition = Preconditioner(precondition or unchanged)
-    loop = partial(_cg_loop, matvec, precondition.function)
-    run = compiled.setdefault(
-        ("CG", dtype, precondition.function), tf.function(loop, reduce_retracing=True)
-    )
-
-    def fresh(v):
-        return matvec(tf.constant(v), shift).numpy()
-
-    x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
-    steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
-    history, known = [], {"dtype": dtype}
-    for _ in range(3):
-        scale = np.linalg.norm(rhs, axis=0)
-        scale[scale == 0] = 1
-        left = tf.constant(max_steps - int(steps.max(initial=0)))
-        start = tf.constant(rhs / scale), shift, tf.constant(rtol * norms / scale), left
-        found = [t.numpy() for t in run(*start, *precondition.arrays)]
-        correction, taken, met, residuals, curvatures, factors = found
-        x, steps, negative = x + correction * scale, steps + taken, negative | met
-        seen = residuals * scale / np.where(norms > 0, norms, 1)
-        history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
-        if "spectrum" not in known and precondition.function is unchanged:
-            known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
-        residual = b - fresh(x)
-        if not np.isfinite(residual).all():
-            raise FloatingPointError("A product is NaN or infinite: look at the model's losses.")
-        missed = (np.linalg.norm(residual, axis=0) > rtol * norms) & ~negative
-        if not missed.any() or steps.max() >= max_steps:
-            break
-        rhs = residual * missed
-    known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
-    method = "CG" if b.shape[1] == 1 else "block CG"
-    b, x = b * size, x * size
-    return certify(fresh, b, x, single, rtol=rtol, damping=damping, method=method, **known)
-
-
-def in_float64(product, dtype, compiled):
-    """Return (V, damping) -> (A + damping I) V on float64 tensors, A V computed in `dtype`.
-
-    One `tf.function`, kept in the dict `compiled` for every solver of the same product.
+    precondition : "gauss_newton" (a Cholesky factor of dense G), "nystroem" (a sketch of G, for
+        large p), None, a Preconditioner, or a function R (p, k) -> M^-1 R on float64 tensors with M
+        symmetric positive definite; "auto" takes Gauss-Newton where it is cheap.
     """
 
-    def matvec(v, damping):
-        return tf.cast(product(tf.cast(v, dtype)), tf.float64) + damping * v
+    max_steps: int = 1000
+    precondition: Any = "auto"
 
-    return compiled.setdefault(("product", dtype), tf.function(matvec, reduce_retracing=True))
+    def run(self, H, b):
+        precondition = self._preconditioner(H)
+        loop = partial(_cg_loop, H.damped, precondition.function)
+        run = H.compiled.setdefault(("CG", precondition.function), traced(loop))
+        shift = tf.constant(self.damping, tf.float64)
+        x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
+        steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
+        history, known = [], {"method": "CG" if b.shape[1] == 1 else "block CG"}
+        for _ in range(3):
+            scale = np.linalg.norm(rhs, axis=0)
+            scale[scale == 0] = 1
+            left = tf.constant(self.max_steps - int(steps.max(initial=0)))
+            start = tf.constant(rhs / scale), shift, tf.constant(self.rtol * norms / scale), left
+            found = [t.numpy() for t in run(*start, *precondition.arrays)]
+            correction, taken, met, residuals, curvatures, factors = found
+            x, steps, negative = x + correction * scale, steps + taken, negative | met
+            seen = residuals * scale / np.where(norms > 0, norms, 1)
+            history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
+            if "spectrum" not in known and precondition.function is unchanged:
+                known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
+            residual = b - _fresh(H, self.damping, x)
+            if not np.isfinite(residual).all():
+                raise FloatingPointError(
+                    "A product is NaN or infinite: look at the model's losses."
+                )
+            missed = (np.linalg.norm(residual, axis=0) > self.rtol * norms) & ~negative
+            if not missed.any() or steps.max() >= self.max_steps:
+                break
+            rhs = residual * missed
+        known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
+        return x, known | {"residual": residual}
+
+    def _preconditioner(self, H):
+        which = self.precondition
+        if which == "auto":
+            o = H.objective
+            cheap = o and not o.head and o.p <= DENSE_LIMIT and is_vectorisable(o)
+            which = "gauss_newton" if cheap else None
+        if which == "gauss_newton":
+            which = gauss_newton_preconditioner(H.objective, self.damping)
+        elif which == "nystroem":
+            which = nystroem_preconditioner(H.objective, self.damping)
+        return which if isinstance(which, Preconditioner) else Preconditioner(which or unchanged)
 
 
 def unchanged(r):
@@ -404,3 +401,148 @@ def _ritz_ends(curvatures, factors, largest=1000):
     matrix = blocks.reshape(steps * k, -1)[np.ix_(alive, alive)]
     values = np.linalg.eigvalsh(matrix)
     return values[0], values[-1]
+
+
+def gauss_newton_preconditioner(objective, damping):
+    """Return (G + damping I)^-1 as a Preconditioner: a Cholesky factor of dense Gauss-Newton.
+
+    It cuts the steps of CG on H several-fold; CG still solves with H itself.
+    """
+    g = GaussNewton(objective).dense()
+    floor = 1e-6 * np.abs(np.diag(g)).mean()
+    try:  # TensorFlow's, which other work on the machine slows down less than OpenBLAS's
+        factor = tf.linalg.cholesky(damped(g, max(damping, floor)))
+    except tf.errors.InvalidArgumentError:  # the loss is not convex in the outputs
+        values, q = np.linalg.eigh(g)
+        factor = tf.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
+    return Preconditioner(_cholesky_solve, (factor,))
+
+
+def _cholesky_solve(r, factor):
+    return tf.linalg.cholesky_solve(factor, r)
+
+
+def nystroem_preconditioner(objective, damping, *, rank=50, seed=0):
+    """Return a Preconditioner from a rank-`rank` sketch of the Gauss-Newton matrix, for large p.
+
+    Frangella, Tropp & Udell 2023: P^-1 = (l_r + damping) U (L + damping)^-1 U' + (I - U U'), at the
+    cost of `rank` products and p x rank numbers.
+    """
+    G, rank = GaussNewton(objective), min(rank, objective.p)
+    omega, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(objective.p, rank)))
+    y = G @ omega
+    core, turn = np.linalg.eigh((omega.T @ y + y.T @ omega) / 2)
+    keep = core > 100 * np.finfo(G.precision).eps * max(core[-1], 0)  # what the product resolves
+    if not keep.any():
+        return Preconditioner(unchanged)
+    u, singular, _ = np.linalg.svd(y @ (turn[:, keep] / np.sqrt(core[keep])), False)
+    values = singular**2 + max(damping, 1e-12 * singular[0] ** 2)
+    basis, scale = tf.constant(u), tf.constant((values[-1] / values - 1)[:, None])
+    return Preconditioner(_rescale_inside, (basis, scale))
+
+
+def _rescale_inside(r, basis, scale):
+    return r + tf.matmul(basis, scale * tf.matmul(basis, r, transpose_a=True))
+
+
+@dataclass(frozen=True)
+class LiSSA(Solver):
+    """The stochastic recursion of Agarwal et al. 2017, with the same limit as every other solver.
+
+    x_0 = b, x_{j+1} = b + x_j - (H_B + damping I) x_j / scale, result x / scale averaged over
+    `samples` runs, B a random batch a step. (The code released with Koh & Liang 2017 multiplies its
+    damping by scale.) FloatingPointError if it diverges: the scale is too small, or H + damping I
+    is not positive definite.
+
+    scale : must exceed half the largest eigenvalue (damping included) of *any sampled batch*; by
+        default 1.1 times the largest seen by Lanczos, and for small batches twice the largest of
+        20, since 20 are a sample.
+    depth : by default ln(1/rtol) scale / lambda_min, at most 20,000.
+    batch_size : examples a step; by default all.
+    """
+
+    scale: float | None = None
+    depth: int | None = None
+    batch_size: int | None = None
+    samples: int = 1
+    seed: int = 0
+
+    approximate: ClassVar[float] = 1e-2
+
+    def run(self, H, b):
+        checks.number("rtol", self.rtol, positive=True)
+        n = H.objective.n if H.objective else 1
+        batch, rng = min(self.batch_size or n, n), np.random.default_rng(self.seed)
+        seen = spectrum(H, steps=30)
+        scale = self.scale or 1.1 * _largest_eigenvalue(H, batch, n, rng, seen) + self.damping
+        low = max(seen.lambda_min + self.damping, 1e-6 * scale)
+        depth = self.depth or int(np.clip(np.log(1 / self.rtol) * scale / low, 10, 20_000))
+        x, drawn = np.zeros_like(b), 0 if batch == n else batch
+        loop = traced(partial(_lissa, H, drawn == 0))
+        loop = H.compiled.setdefault(("LiSSA", drawn == 0), loop)
+        numbers = [tf.constant(float(a), H.precision) for a in (self.damping, scale)]
+        for _ in range(self.samples):
+            rows = tf.constant(rng.integers(0, n, (depth, drawn)))
+            found = loop(tf.constant(b, H.precision), rows, *numbers)
+            x += found.numpy() / scale / self.samples
+        if not np.isfinite(x).all():
+            raise FloatingPointError(
+                f"LiSSA diverged. Either the scale, {scale:.3g}, is below half the largest "
+                "eigenvalue of a sampled batch: raise it, or leave it out to have it chosen. Or H "
+                "+ damping I is not positive definite: Lanczos saw "
+                f"{seen.lambda_min + self.damping:.3g}; raise damping."
+            )
+        method = f"LiSSA (scale {scale:.3g}, depth {depth}, {self.samples} x batch {batch})"
+        return x, {"steps": np.full(b.shape[1], depth * self.samples), "method": method}
+
+
+def _largest_eigenvalue(H, batch, n, rng, seen):
+    """Return the largest eigenvalue of a batch's Hessian that is to be expected."""
+    if batch == n:
+        return seen.lambda_max
+    draws = (rng.integers(0, n, batch) for _ in range(20))
+    return 2 * max(
+        seen.lambda_max, *(spectrum(H, steps=10, rows=rows).lambda_max for rows in draws)
+    )
+
+
+def _lissa(H, full_batch, b, rows, damping, scale):
+    """Run the recursion in one `tf.while_loop`, step j on the examples `rows[j]` or on all."""
+    whole = H.product() if full_batch else None
+
+    def step(j, x):
+        product = whole if full_batch else H.product(rows[j])
+        return j + 1, b + x - (product(x) + damping * x) / scale
+
+    return tf.while_loop(lambda j, x: j < tf.shape(rows)[0], step, (0, b))[1]
+
+
+@dataclass(frozen=True)
+class LowRank(Solver):
+    """The `rank` largest eigenpairs and a remainder, never bare.
+
+    x = Q (L + damping)^-1 Q'b + (I - QQ') b / (damping + decay): outside the eigenpairs H is taken
+    to be the weight decay of each parameter alone. Truncation without that remainder loses what the
+    small eigenvalues carry. Eigenpairs by ARPACK (`scipy.sparse.linalg.eigsh`).
+    """
+
+    rank: int = 100
+
+    approximate: ClassVar[float] = 1e-2
+
+    def run(self, H, b):
+        p, count = len(b), itertools.count()
+        rest = self.damping + (H.objective.decay if H.objective else np.zeros(p))
+        if rest.min() <= 0:
+            raise ValueError(
+                "Low rank needs weight decay on every parameter, or damping: without them nothing "
+                "is known of the directions left out."
+            )
+        counted = scipy.sparse.linalg.LinearOperator(
+            H.shape, lambda v: (H @ v, next(count))[0], dtype=H.dtype
+        )
+        start, rank = np.random.default_rng(0).normal(size=p), min(self.rank, p - 1)
+        values, q = scipy.sparse.linalg.eigsh(counted, rank, which="LA", v0=start)
+        inside = q.T @ b
+        x = q @ (inside / (values + self.damping)[:, None]) + (b - q @ inside) / rest[:, None]
+        return x, {"steps": np.full(b.shape[1], next(count)), "method": f"low rank ({rank})"}

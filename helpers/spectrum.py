@@ -11,7 +11,8 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from helpers.curvature import compiled, hessian_operator
+from .hessian import as_operator
+from .keras_facts import traced
 
 
 class Spectrum(NamedTuple):
@@ -36,23 +37,18 @@ class Damping(NamedTuple):
     spectrum: Spectrum | None
 
 
-def spectrum(objective, *, steps=40, starts=1, seed=0, rows=None):
+def spectrum(H, *, steps=40, starts=1, seed=0, rows=None):
     """Return the Spectrum of H from steps x starts products.
 
     Lanczos with full reorthogonalisation, vectors in float64. `rows` takes H of those training
     examples only.
     """
-    rng = np.random.default_rng(seed)
-    product = _hessian_columns
-    if rows is not None:
-        chosen = tf.constant(rows)
-
-        def product(objective, q):
-            return _some_hessian_columns(objective, q, chosen)
-
+    H, rng = as_operator(H), np.random.default_rng(seed)
+    p = H.shape[0]
+    product = _products_of_rows(H, rows)
     values, weights = [], []
     for _ in range(starts):
-        alphas, betas = _lanczos(objective, product, min(steps, objective.p), rng)
+        alphas, betas = _lanczos(product, rng.normal(size=(p, 1)), min(steps, p))
         ritz, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas)
         values.append(ritz)
         weights.append(vectors[0] ** 2 / starts)
@@ -61,13 +57,25 @@ def spectrum(objective, *, steps=40, starts=1, seed=0, rows=None):
     return Spectrum(values[order], weights[order], values.min(), values.max(), len(alphas))
 
 
-def _lanczos(objective, product, steps, rng):
+def _products_of_rows(H, rows):
+    """Return v -> H v on float64 tensors (p, 1), with H of some training examples or of all."""
+    if rows is None:
+        return lambda v: H.damped(v, tf.zeros((), tf.float64))
+    precision = H.precision
+
+    def product(v, rows):
+        return tf.cast(H.product(rows)(tf.cast(v, precision)), tf.float64)
+
+    graph = H.compiled.setdefault("rows", traced(product))
+    return lambda v: graph(v, tf.constant(rows))
+
+
+def _lanczos(product, start, steps):
     """Return the diagonal and off-diagonal of the tridiagonal matrix of one Lanczos run."""
-    q = tf.constant(rng.normal(size=(objective.p, 1)))
-    q /= tf.norm(q)
+    q = tf.constant(start / np.linalg.norm(start))
     basis, alphas, betas = [q], [], []
     for _ in range(steps):
-        w = product(objective, q)
+        w = product(q)
         alphas.append(float(tf.reduce_sum(q * w)))
         every = tf.concat(basis, 1)
         for _ in range(2):  # once is not enough in floating point (Parlett 1998, 6.9)
@@ -80,23 +88,10 @@ def _lanczos(objective, product, steps, rng):
     return np.array(alphas), np.array(betas[: len(alphas) - 1])
 
 
-@compiled
-def _hessian_columns(objective, vectors):
-    return _columns(objective, hessian_operator(objective), vectors)
-
-
-@compiled
-def _some_hessian_columns(objective, vectors, rows):
-    return _columns(objective, hessian_operator(objective, rows=rows), vectors)
-
-
-def _columns(objective, product, vectors):
-    dtype = "float64" if objective.head else objective.dtype
-    return tf.cast(product(tf.cast(vectors, dtype)), tf.float64)
-
-
-def choose_damping(objective, *, steps=40, seed=0):
+def choose_damping(H, *, steps=40, seed=0):
     """Return the Damping that makes H + damping I positive definite, with the reason.
+
+    H : a `Hessian` or `GaussNewton`, or an Objective for its Hessian.
 
     Zero for a convex head whose every parameter decays. Otherwise from Lanczos: zero where
     lambda_min is clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp by
@@ -104,11 +99,12 @@ def choose_damping(objective, *, steps=40, seed=0):
     lambda_min from above. It can miss a lone negative eigenvalue; conjugate gradients then report
     negative curvature.
     """
-    decay = objective.decay.min()
-    if objective.head and decay > 0 and _is_convex(objective.head, objective.theta):
+    H = as_operator(H)
+    head, decay = H.objective.head, H.objective.decay.min()
+    if head and decay > 0 and _is_convex(head, H.objective.theta):
         reason = f"none needed: a convex head, every eigenvalue is at least the decay {decay:g}"
         return Damping(0.0, reason, None)
-    seen = spectrum(objective, steps=steps, seed=seed)
+    seen = spectrum(H, steps=steps, seed=seed)
     low, high = seen.lambda_min, seen.lambda_max
     where = f"Lanczos saw eigenvalues from {low:.3g} to {high:.3g} in {seen.steps} products"
     if low > 1e-3 * high:
@@ -124,14 +120,15 @@ def _is_convex(head, theta):
     return all(np.linalg.eigvalsh(a).min() >= -1e-12 for a in blocks)
 
 
-def estimate_cost(objective, columns, *, steps=50):
+def estimate_cost(H, columns, *, steps=50):
     """Return the seconds `steps` of conjugate gradients on that many columns would take here.
 
     One compiled product of `columns` vectors is timed after a warm-up, times `steps`; what making a
     preconditioner costs is not in it.
     """
-    vectors = tf.zeros((objective.p, columns), tf.float64)
-    _hessian_columns(objective, vectors)
+    H = as_operator(H)
+    vectors, none = tf.zeros((H.shape[0], columns), tf.float64), tf.zeros((), tf.float64)
+    H.damped(vectors, none)
     started = time.perf_counter()
-    float(tf.reduce_sum(_hessian_columns(objective, vectors)))
+    float(tf.reduce_sum(H.damped(vectors, none)))
     return steps * (time.perf_counter() - started)

@@ -9,8 +9,7 @@ start("demo")
 
 import keras  # noqa: E402
 
-from helpers import retraining  # noqa: E402
-from helpers.objective import Objective  # noqa: E402
+from helpers import Objective, fit_head  # noqa: E402
 from support import models  # noqa: E402
 
 BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
@@ -35,7 +34,7 @@ class Problem:
         self.model = models.linear_head(d, classes, use_bias=use_bias)
         self.weight_decay = weight_decay
         self.objective = self.bind()
-        self.fit = retraining.fit_head(self.objective)
+        self.fit = fit_head(self.objective)
 
     def bind(self, **options):
         options = {"weight_decay": self.weight_decay, "decayed": "all", **options}
@@ -48,7 +47,7 @@ def ridge(n, d, weight_decay):
     x, y = rng.normal(size=(n, d)), rng.normal(size=n)
     model = keras.Sequential([keras.Input((d,)), keras.layers.Dense(1, use_bias=False)])
     objective = Objective(model, keras.losses.MeanSquaredError(), x, y, weight_decay=weight_decay)
-    retraining.fit_head(objective)
+    fit_head(objective)
     return objective, x, y
 
 

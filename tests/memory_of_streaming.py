@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import keras
 import numpy as np
 
-from helpers import curvature
-from helpers.objective import Objective
+from helpers import Hessian, Objective
 from tests.benchmark.scaling import peak_memory
 
 n, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -36,6 +35,6 @@ model(np.zeros((BATCH, D), "float32"))
 with peak_memory() as peak:
     objective = Objective(model, loss, x, y, weight_decay=1e-3, batch_size=BATCH)
     for _ in range(2):
-        curvature.hvp(objective, np.ones((objective.p, 4)))
-        curvature.loss_gradient(objective)
+        Hessian(objective) @ (np.ones((objective.p, 4)))
+        objective.gradient()
 print(f"{peak[0]:.1f}")

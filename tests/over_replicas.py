@@ -27,8 +27,8 @@ elif k:
     tf.config.set_logical_device_configuration(cpu, devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(k)])
 
-from helpers import curvature, influence
-from helpers.objective import Objective
+from helpers import CG, GaussNewton, Hessian, Objective, predicted_loss_change, s_test
+from helpers.gradients import gradient_dots
 from support import features
 
 keras.config.set_dtype_policy("float64")
@@ -45,19 +45,18 @@ objective = Objective(
     model, loss, x, y, weight_decay=0.1, sample_weight=weight, batch_size=5, strategy=strategy
 )
 objective.theta = 0.3 * rng.normal(size=objective.p)
-options = {"damping": 1.0, "solver": "cg", "precondition": None, "rtol": 1e-12}
-solution = influence.s_test(objective, x_test, y_test, **options)
+solution = s_test(objective, x_test, y_test, CG(1.0, rtol=1e-12, precondition=None))
 vectors = rng.normal(size=(objective.p, 3))
 pictures = rng.integers(0, 256, (53, 6, 6, 1))
 results = {
     "features": features.measure(pictures, backbone, batch_size=7),
-    "gradient": curvature.loss_gradient(objective),
-    "hvp": curvature.hvp(objective, vectors),
-    "gauss_newton": curvature.gauss_newton_product(objective, vectors),
-    "dots": curvature.gradient_dots(objective, vectors),
+    "gradient": objective.gradient(),
+    "hvp": Hessian(objective) @ vectors,
+    "gauss_newton": GaussNewton(objective) @ vectors,
+    "dots": gradient_dots(objective, vectors),
     "s_test": solution.x,
-    "predicted": influence.predicted_loss_change(objective, solution),
-    "subset": curvature.loss_gradient(objective.subset(np.arange(0, 53, 3))),
+    "predicted": predicted_loss_change(objective, solution),
+    "subset": (objective.subset(np.arange(0, 53, 3))).gradient(),
 }
 assert solution.converged.all()
 np.savez(file, **results)

@@ -6,6 +6,7 @@ KIND is features or refits; every step waits SECONDS. The result goes to FOLDER/
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -19,10 +20,9 @@ import keras
 import numpy as np
 
 from support import datasets, features, models
-from helpers import retraining
-from helpers.objective import Objective
+from helpers import Objective, Removals, fit_head
 
-kind, folder, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+kind, folder, wait = sys.argv[1], Path(sys.argv[2]), {"seconds": float(sys.argv[3])}
 print("ready", flush=True)
 
 
@@ -33,7 +33,7 @@ def slow_features():
     predict = model.predict_on_batch
 
     def slowly(batch):
-        time.sleep(seconds)
+        time.sleep(wait["seconds"])
         return predict(batch)
 
     model.predict_on_batch = slowly
@@ -47,16 +47,16 @@ def slow_refits():
     x, y = rng.normal(size=(40, 3)), rng.integers(0, 2, 40).astype(float)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     objective = Objective(models.linear_head(3), loss, x, y, weight_decay=0.1)
-    retraining.fit_head(objective)
-    removals = retraining.Removals(objective)
-    exact = removals._exact
+    fit_head(objective)
+    removals, keep = Removals(objective), stored.checkpoint(folder)
 
-    def slowly(*arguments):
-        time.sleep(seconds)
-        return exact(*arguments)
+    def slowly(rows):
+        time.sleep(wait["seconds"])
+        return removals.exact(rows)
 
-    removals._exact = slowly
-    return removals.exact(np.arange(40), batch=2, checkpoint=stored.checkpoint(folder))
+    parts = np.split(np.arange(40), 20)
+    return np.hstack([keep([x, y, loss, part], partial(slowly, part)) for part in parts])
 
 
-np.save(folder / "result.npy", {"features": slow_features, "refits": slow_refits}[kind]())
+work = {"features": slow_features, "refits": slow_refits}[kind]
+np.save(folder / f"result{os.getpid()}.npy", work())

@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import curvature, influence
-from helpers.objective import Objective
+from helpers import CG, GaussNewton, Hessian, Objective, gradients, predicted_loss_change, s_test
+from helpers.gradients import gradient_dots, per_example_gradients
 
 RNG = np.random.default_rng(0)
 N, M = 24, 3
@@ -121,39 +121,39 @@ def test_hvp_and_gauss_newton(case):
     slopes = []
     for column in v.T:
         objective.theta = theta + step * column
-        up = curvature.loss_gradient(objective)
+        up = objective.gradient()
         objective.theta = theta - step * column
-        slopes.append((up - curvature.loss_gradient(objective)) / (2 * step))
+        slopes.append((up - objective.gradient()) / (2 * step))
     objective.theta = theta
-    np.testing.assert_allclose(curvature.hvp(objective, v), np.array(slopes).T, atol=2e-7)
-    g = curvature.gauss_newton_product(objective, v)
+    np.testing.assert_allclose(Hessian(objective) @ v, np.array(slopes).T, atol=2e-7)
+    g = GaussNewton(objective) @ v
     assert np.einsum("pk,pk->k", v, g).min() > 0
 
 
 def test_gradients_add_up(case):
     objective, x, y = case
-    each = curvature.per_example_gradients(objective, x, y)
+    each = per_example_gradients(objective, x, y)
     assert each.shape == (N, objective.p)
     whole = each.mean(0) + objective.decay * objective.theta
-    np.testing.assert_allclose(curvature.loss_gradient(objective), whole, atol=1e-10)
+    np.testing.assert_allclose(objective.gradient(), whole, atol=1e-10)
     v = np.random.default_rng(3).normal(size=(objective.p, 6))
     for columns in (v[:, :1], v):
         np.testing.assert_allclose(
-            curvature.gradient_dots(objective, columns), columns.T @ each.T, atol=1e-10
+            gradient_dots(objective, columns), columns.T @ each.T, atol=1e-10
         )
 
 
 def test_influences_by_their_definition(case):
     """(H + damping I)^-1 in dense float64 from the products, gradients one by one."""
     objective, x, y = case
-    solution = influence.s_test(objective, rows(x, M), y[:M], rtol=1e-10)  # damping chosen
+    solution = s_test(objective, rows(x, M), y[:M], CG(rtol=1e-10))  # damping chosen
     assert solution.converged.all(), str(solution)
-    h = curvature.hvp(objective, np.eye(objective.p)) + solution.damping * np.eye(objective.p)
+    h = Hessian(objective) @ np.eye(objective.p) + solution.damping * np.eye(objective.p)
     assert np.linalg.eigvalsh((h + h.T) / 2)[0] > 0
-    each = curvature.per_example_gradients(objective, x, y)
+    each = per_example_gradients(objective, x, y)
     full = each + objective.decay * objective.theta
     expected = each[:M] @ np.linalg.solve(h, full.T) / N
-    changes = influence.predicted_loss_change(objective, solution)
+    changes = predicted_loss_change(objective, solution)
     np.testing.assert_allclose(changes, expected, atol=1e-8 * np.abs(expected).max())
 
 
@@ -161,9 +161,7 @@ def test_dense_gauss_newton_equals_its_products(case):
     objective, *_ = case
     v = np.random.default_rng(4).normal(size=(objective.p, 2))
     np.testing.assert_allclose(
-        curvature.dense_gauss_newton(objective) @ v,
-        curvature.gauss_newton_product(objective, v),
-        atol=1e-9,
+        GaussNewton(objective).dense() @ v, GaussNewton(objective) @ v, atol=1e-9
     )
 
 
@@ -188,14 +186,14 @@ def test_second_derivatives_of_normalisation_layers(monkeypatch):
     v = np.random.default_rng(7).normal(size=objective.p)
     theta, step = objective.theta, 1e-6
     objective.theta = theta + step * v
-    up = curvature.loss_gradient(objective)
+    up = objective.gradient()
     objective.theta = theta - step * v
-    slope = (up - curvature.loss_gradient(objective)) / (2 * step)
+    slope = (up - objective.gradient()) / (2 * step)
     objective.theta = theta
-    np.testing.assert_allclose(curvature.hvp(objective, v), slope, atol=1e-7)
+    np.testing.assert_allclose(Hessian(objective) @ v, slope, atol=1e-7)
     monkeypatch.setattr("helpers.keras_facts.exact_derivatives", contextlib.nullcontext)
     objective.compiled.clear()
-    wrong = curvature.hvp(objective, v)
+    wrong = Hessian(objective) @ v
     assert np.linalg.norm(wrong - slope) > 0.01 * np.linalg.norm(slope)
 
 
@@ -217,14 +215,14 @@ def test_a_path_that_fails_the_guard_is_not_used(monkeypatch):
     )
     x, y = RNG.normal(size=(120, 8, 8, 1)), RNG.integers(0, 3, 120)
     objective = Objective(model, LOSSES["logits"], x, y)
-    expected = curvature.per_example_gradients(objective, x, y)
+    expected = per_example_gradients(objective, x, y)
     assert objective.compiled["XLA agrees"]  # first derivatives are right
-    by_xla = curvature.per_example_gradients(objective, x, y)
+    by_xla = per_example_gradients(objective, x, y)
     np.testing.assert_allclose(by_xla, expected, rtol=1e-9, atol=1e-12)
-    monkeypatch.setattr(curvature, "agrees", lambda *_: False)
+    monkeypatch.setattr(gradients, "agrees", lambda *_: False)
     objective.compiled.clear()
     for _ in range(2):  # the guard's own run, and the one that follows its verdict
-        got = curvature.per_example_gradients(objective, x, y)
+        got = per_example_gradients(objective, x, y)
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
     assert not objective.compiled["XLA agrees"]
 
@@ -362,11 +360,11 @@ def test_what_was_tried(body, end):
     objective.theta = theta
     slope = (8 * (five[1] - five[-1]) - (five[2] - five[-2])) / (12 * e)
     bend = (16 * (five[1] + five[-1]) - (five[2] + five[-2]) - 30 * five[0]) / (12 * e**2)
-    product = curvature.hvp(objective, v)
-    assert curvature.loss_gradient(objective) @ v == pytest.approx(slope, abs=1e-7)
+    product = Hessian(objective) @ v
+    assert objective.gradient() @ v == pytest.approx(slope, abs=1e-7)
     assert v @ product == pytest.approx(bend, abs=1e-5)
-    g = curvature.dense_gauss_newton(objective)
-    np.testing.assert_allclose(g @ v, curvature.gauss_newton_product(objective, v), atol=1e-10)
+    g = GaussNewton(objective).dense()
+    np.testing.assert_allclose(g @ v, GaussNewton(objective) @ v, atol=1e-10)
     assert np.linalg.eigvalsh(g)[0] > -1e-10  # every loss of the table is convex in its outputs
     assert objective.derivatives.checked
 

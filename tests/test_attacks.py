@@ -2,14 +2,15 @@
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import BINARY
 
-from helpers import influence, retraining
-from helpers.objective import Objective
+from helpers import Objective, fit_head, influence_wrt_input, s_test
 from studies import attacks
-from support import models, stored
+from support import models
 from support.features import Backbone
+from support.vehicles import Vehicles, fitted_head
 
 TARGETS = [np.array([0]), np.array([1]), np.array([2, 3, 4])]
 CARRIERS = [np.array([3]), np.array([7, 3]), np.array([11, 20, 5])]
@@ -34,14 +35,22 @@ def setting():
     phi = network.predict(images / 64 - 2, verbose=0)
     scores = phi @ rng.normal(size=9)
     y = (scores > np.median(scores)).astype(float)
-    objective = Objective(models.linear_head(9), BINARY, phi[:60], y[:60], weight_decay=1e-3)
-    retraining.fit_head(objective)
-    return attacks.Attacks(objective, backbone, images[:60], phi[60:], y[60:], batch=4)
+    rows = pd.DataFrame(index=range(75))
+    data = Vehicles(rows[:60], rows[60:], phi[:60], y[:60], phi[60:], y[60:])
+    return attacks.Attacks(data, fitted_head(data, 1e-3), backbone, images[:60], batch=4)
 
 
 def mean_losses(setting, targets, carriers, pictures):
-    logits, _ = setting.judge(targets, carriers, pictures)
+    logits, _ = setting.refitted(targets, carriers, pictures)
     return np.array([np.logaddexp(0, -z).mean() for z in logits])
+
+
+def gradient_norm(setting, tests):
+    """Return the length of the mean loss gradient that `directions` scales to 1."""
+    push = 1 / (1 + np.exp(setting.true_logits(setting.theta, tests)))
+    return np.linalg.norm(
+        (push * (1 - 2 * setting.data.y_test[tests])) @ setting.data.x_test[tests]
+    ) / len(tests)
 
 
 def test_the_pull_is_the_derivative_of_the_influence_in_the_pixels(setting):
@@ -57,14 +66,14 @@ def test_the_pull_is_the_derivative_of_the_influence_in_the_pixels(setting):
     head.kernel.assign(setting.theta[:, None])
     images = setting.images.astype(float)
     objective = Objective(whole, BINARY, images, setting.y, parameters="last_layer")
-    reference = influence.influence_wrt_input(objective, s, images[rows], setting.y[rows])
+    reference = influence_wrt_input(objective, s, images[rows], setting.y[rows])
     np.testing.assert_allclose(ours, reference, rtol=1e-9, atol=1e-14)
 
 
 def test_the_test_loss_after_a_refit_moves_by_minus_the_gradient_over_n(setting):
     """Finite differences through picture, backbone, refit and test loss: sign and size."""
     rows, v = np.array([9]), np.random.default_rng(0).normal(size=(1, 10, 10, 3))
-    s = setting.directions(TARGETS[2:])
+    s = setting.directions(TARGETS[2:]) * gradient_norm(setting, TARGETS[2])
     phi, pull = setting.see(setting.images[rows])
     g = pull(attacks.cotangent(s.T, phi, setting.y[rows], setting.theta))
     losses = [
@@ -75,22 +84,12 @@ def test_the_test_loss_after_a_refit_moves_by_minus_the_gradient_over_n(setting)
     np.testing.assert_allclose(slope, -(g * v).sum() / len(setting.y), rtol=1e-4)
 
 
-def test_an_attack_raises_the_test_loss_and_the_opposite_lowers_it(setting):
-    clean = mean_losses(setting, TARGETS, CARRIERS, [setting.images[c] for c in CARRIERS])
-    pictures = setting.attack(TARGETS, CARRIERS, box=1.0, step=0.5, steps=4)
-    mirrored = [2.0 * setting.images[c] - x for c, x in zip(CARRIERS, pictures, strict=True)]
-    live = clean < np.log(2)  # an attack stops where its test pictures are misnamed already
-    assert live.any()
-    assert (mean_losses(setting, TARGETS, CARRIERS, pictures) > clean)[live].all()
-    assert (mean_losses(setting, TARGETS, CARRIERS, mirrored) < clean)[live].all()
-
-
 def replaced(setting, carriers, phi):
     """Return the Objective, at its minimum, of the data with one attack's features."""
     x = setting.phi.copy()
     x[carriers] = phi
     objective = Objective(models.linear_head(9), BINARY, x, setting.y, weight_decay=1e-3)
-    retraining.fit_head(objective)
+    fit_head(objective)
     return objective
 
 
@@ -109,95 +108,165 @@ def test_refits_together_equal_refits_one_by_one(setting):
 
 def test_directions_at_the_clean_head_are_s_test(setting):
     for tests, ours in zip(TARGETS, setting.directions(TARGETS).T, strict=True):
-        x, y = setting.x_test[tests], setting.y_test[tests]
-        reference = influence.s_test(setting.objective, x, y, damping=0.0).x.mean(1)
+        x, y = setting.data.x_test[tests], setting.data.y_test[tests]
+        reference = s_test(setting.objective, x, y, damping=0.0).x.mean(1)
+        ours = ours * gradient_norm(setting, tests)
         np.testing.assert_allclose(ours, reference, rtol=1e-8, atol=1e-12)
 
 
-def test_scores_and_cotangent_norms(setting):
-    s, rows = setting.directions(TARGETS), np.arange(10)
-    phi, pull = setting.see(setting.images[rows])
-    norms = setting.cotangent_norms(s)[rows]
-    for j in range(3):
-        c = attacks.cotangent(s[:, j], phi, setting.y[rows], setting.theta)
-        np.testing.assert_allclose(norms[:, j], np.linalg.norm(c, axis=1), rtol=1e-9)
-        scores = setting.scores(s[:, j], rows)
-        np.testing.assert_allclose(scores, np.abs(pull(c)).sum((1, 2, 3)), rtol=1e-9)
+def test_the_shortlist_is_in_the_order_of_the_papers_criterion(setting):
+    """With everything on it: by L1 norm of J' c of all training pictures, one by one."""
+    s = setting.directions(TARGETS[:1])[:, 0]
+    scores = []
+    for i in range(60):
+        phi, pull = setting.see(setting.images[[i]])
+        scores.append(np.abs(pull(attacks.cotangent(s, phi, setting.y[[i]], setting.theta))).sum())
+    rows, found = setting.shortlist(TARGETS[0], 60)
+    np.testing.assert_array_equal(rows, np.argsort(-np.array(scores)))
+    np.testing.assert_allclose(found, np.array(scores)[rows], rtol=1e-9)
+    c = attacks.cotangent(s, setting.phi, setting.y, setting.theta)
+    np.testing.assert_array_equal(
+        np.sort(setting.shortlist(TARGETS[0], 7)[0]),
+        np.sort(np.argsort(-np.linalg.norm(c, axis=1))[:7]),
+    )
+
+
+STEPS = (0.5,) * 4
+
+
+def test_an_attack_raises_the_test_loss_and_the_opposite_lowers_it(setting):
+    clean = mean_losses(setting, TARGETS, CARRIERS, [setting.images[c] for c in CARRIERS])
+    pictures = setting.attack(TARGETS, CARRIERS, box=1.0, lengths=STEPS, stop=False).pictures
+    mirrored = [2.0 * setting.images[c] - x for c, x in zip(CARRIERS, pictures, strict=True)]
+    assert (mean_losses(setting, TARGETS, CARRIERS, pictures) > clean).all()
+    assert (mean_losses(setting, TARGETS, CARRIERS, mirrored) < clean).all()
 
 
 @pytest.mark.parametrize("box", [0.5, 3.0])
 def test_box_and_range_are_kept_and_used(setting, box):
-    pictures = setting.attack(TARGETS, CARRIERS, box=box, step=box / 2, steps=5)
+    pictures = setting.attack(
+        TARGETS, CARRIERS, box=box, lengths=(box / 2,) * 5, stop=False
+    ).pictures
     for rows, x in zip(CARRIERS, pictures, strict=True):
-        change = x - setting.images[rows]
-        assert np.abs(change).max() <= box + 1e-9
-        assert np.abs(change).max() >= box - 1e-9 or not change.any()
+        assert np.abs(x - setting.images[rows]).max() == pytest.approx(box)
         assert x.min() >= 0
         assert x.max() <= 255
 
 
+def test_what_is_reported_is_what_refits_with_the_pictures_show(setting):
+    """Full refits from nothing, with the altered features in place, against the batched ones."""
+    done = setting.attack(TARGETS, CARRIERS, box=4.0, lengths=STEPS)
+    for tests, rows, x, z in zip(TARGETS, CARRIERS, done.pictures, done.logits, strict=True):
+        theta = replaced(setting, rows, setting.features(x)).theta
+        np.testing.assert_allclose(z, setting.true_logits(theta, tests), atol=1e-5)
+
+
 def test_the_batch_does_not_matter(setting):
-    together = setting.attack(TARGETS, CARRIERS, steps=5)
+    together = setting.attack(TARGETS, CARRIERS, lengths=STEPS)
     other = attacks.Attacks(
-        setting.objective, setting.backbone, setting.images, setting.x_test, setting.y_test
-    )
-    for a, b in zip(together, other.attack(TARGETS, CARRIERS, steps=5), strict=True):
+        setting.data, setting.objective, setting.backbone, setting.images, batch=40
+    ).attack(TARGETS, CARRIERS, lengths=STEPS)
+    for a, b in zip(together.pictures, other.pictures, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
+    np.testing.assert_array_equal(together.steps, other.steps)
 
 
-def test_an_attack_that_has_succeeded_is_left_alone(setting):
-    wrong = np.flatnonzero(setting.true_logits(setting.theta, np.arange(15)) < 0)
-    targets = [wrong[:1]] if len(wrong) else pytest.skip("no misnamed test picture")
-    np.testing.assert_array_equal(
-        setting.attack(targets, CARRIERS[:1])[0], setting.images[CARRIERS[0]]
-    )
+def test_an_attack_stops_when_its_test_pictures_are_misnamed(setting):
+    tests = attacks.draw(setting, 0, 6)
+    assert (setting.margin[tests] > 0).all()
+    targets, carriers = list(tests[:, None]), [CARRIERS[2]] * len(tests)
+    done = setting.attack(targets, carriers, box=60.0, lengths=(10.0,) * 12)
+    flips = np.concatenate(done.logits) < 0
+    assert flips.any()
+    assert (done.steps[flips] < 12).any()
+    assert (done.steps[~flips] == 12).all()
+    again = setting.attack(targets, carriers, start=done.pictures, lengths=(10.0,) * 12, box=60.0)
+    assert (again.steps[flips] == 0).all()
 
 
-def test_an_interrupted_run_goes_on_where_it_was(setting, tmp_path, monkeypatch):
-    whole = setting.attack(TARGETS, CARRIERS, steps=3)
-    calls, see = [], attacks.Attacks.see
+def test_more_carriers_from_where_fewer_ended_never_do_less(setting):
+    """The better attacker's falls are monotone in the box and in the number of carriers."""
+    targets, rows = [np.array([t]) for t in attacks.draw(setting, 0, 4)], np.array([3, 7, 20])
+    left, pictures = setting.margin[np.concatenate(targets)], [setting.images[:0]] * 4
+    for box in (0.5, 1.0, 2.0):
+        for count in (1, 2, 3) if box == 0.5 else (3,):
+            start = [
+                np.concatenate([x[:count], setting.images[rows[len(x) : count]]]) for x in pictures
+            ]
+            done = setting.attack(
+                targets,
+                [rows[:count]] * 4,
+                start=start,
+                box=box,
+                lengths=(box / 4,) * 4,
+                stop=False,
+            )
+            now = np.concatenate(done.logits)
+            assert (now <= left + 1e-7).all()
+            left, pictures = now, done.pictures
 
-    def counted(self, x):
-        calls.append(len(x))
-        if len(calls) == 6:
+
+@pytest.mark.parametrize("better", [False, True])
+def test_a_ladder_says_what_its_subsets_did(setting, better):
+    tests = attacks.draw(setting, 0, 4)
+    found = attacks.ladder(setting, tests, better=better, size=20, steps=8, box=4.0)
+    for t, one in zip(tests, found, strict=True):
+        names = [name for name in attacks.SUBSETS if name in one]
+        assert names == list(attacks.SUBSETS)[: len(names)]
+        ends = [one[name][0] for name in names]
+        assert all(z >= 0 for z in ends[:-1])
+        assert attacks.flipped(one) == (ends[-1] < 0)
+        assert not attacks.flipped(one, 1) or ends[min(1, len(ends) - 1)] < 0
+        assert len(set(one["carriers"].tolist())) == len(one["carriers"]) <= 10
+        assert max(ends) <= setting.margin[t] + 1e-6
+        if better:
+            assert (np.diff(ends[2:]) <= 1e-6).all()
+
+
+def test_the_forecast_is_the_first_order_fall_of_the_margin(setting):
+    """One tiny step, in a box of a thousandth of a level, against the forecast for that box."""
+    t = attacks.draw(setting, 0, 1)
+    box = 1e-3
+    (one,) = attacks.ladder(setting, t, subsets=(), size=20, box=box)
+    done = setting.attack([t], [one["carriers"][:1]], box=box, lengths=(box,), stop=False)
+    fall = setting.margin[t] - done.logits[0]
+    np.testing.assert_allclose(fall, one["forecast"][0], rtol=0.15)  # pixels at 0 and 255 stay
+    assert fall < one["forecast"][0]
+
+
+def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monkeypatch):
+    """Three by one carrier, two by up to five, one by up to ten; in a second run the rest."""
+    monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
+    climbed, climb = [], attacks.ladder
+
+    def counted(attacker, some, begun=None, **how):
+        climbed.append(len(some))
+        if len(climbed) == 2:
             raise KeyboardInterrupt
-        return see(self, x)
+        return climb(attacker, some, begun, size=20, steps=4, **how)
 
-    monkeypatch.setattr(attacks.Attacks, "see", counted)
-    monkeypatch.setattr(setting, "keep", stored.checkpoint(tmp_path))
+    monkeypatch.setattr(attacks, "ladder", counted)
+
+    def all_of_them(weight_decay=1e-3, **how):
+        bed = {"weight_decay": weight_decay}
+        return attacks.ladders(setting, "some_bed", "real", bed, [3, 2, 1], **how)
+
     with pytest.raises(KeyboardInterrupt):
-        setting.attack(TARGETS, CARRIERS, steps=3)
-    monkeypatch.setattr(setting, "theta", setting.theta * (1 + 1e-15))  # of another run's fit
-    again = setting.attack(TARGETS, CARRIERS, steps=3)
-    assert len(calls) == 6 + 4  # the finished batch was not done again, the other one was
-    for a, b in zip(whole, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    setting.attack(TARGETS, CARRIERS, steps=3, box=0.4)
-    assert len(calls) > 10  # other settings, other files
-
-
-def test_carriers_are_chosen_by_the_papers_criterion(setting):
-    """With everything on the shortlist: by L1 norm of all training pictures."""
-    rows, scores = attacks.choose(setting, TARGETS, 60)
-    for j, s in enumerate(setting.directions(TARGETS).T):
-        everyone = setting.scores(s, np.arange(60))
-        np.testing.assert_array_equal(rows[j], np.argsort(-everyone))
-        np.testing.assert_allclose(scores[j], everyone[rows[j]], rtol=1e-9)
-
-
-def test_more_and_more_carriers_until_each_flips(setting):
-    """What is recorded of each test picture is what refits with its pictures show."""
-    targets = list(np.flatnonzero(setting.margin > 0)[:4, None])
-    rows, _ = attacks.choose(setting, targets, 10)
-    settings = {"box": 8.0, "step": 4.0, "steps": 3}
-    ladder = attacks.one_by_one(setting, targets, rows, [1, 2, 5], **settings)
-    logits, _ = setting.judge(targets, ladder.carriers, ladder.pictures)
-    np.testing.assert_allclose(ladder.left, np.concatenate(logits), atol=1e-9)
-    assert (ladder.left <= setting.margin[np.concatenate(targets)]).all()
-    np.testing.assert_array_equal(ladder.needed > 0, ladder.left < 0)
-    for needed, own, x in zip(ladder.needed, ladder.carriers, ladder.pictures, strict=True):
-        assert needed in (0, len(own))
-        assert np.abs(x - setting.images[own]).max() <= 8 + 1e-9
+        all_of_them()
+    tests, found = all_of_them(go_on=False)
+    assert [sorted(set(one) & set(attacks.SUBSETS)) for one in found] == [["1st", "2nd"]] * 3
+    tests, found = all_of_them()
+    assert climbed == [3, 2, 2, 1]
+    np.testing.assert_array_equal(tests, attacks.draw(setting, 0, 3))
+    whole = climb(setting, tests[:1], size=20, steps=4)[0]
+    for name in attacks.SUBSETS:
+        np.testing.assert_allclose(found[0][name], whole[name], rtol=1e-4)
+    assert found[0]["passes"] == whole["passes"]
+    with pytest.raises(ValueError, match="another attack"):
+        all_of_them(1e-4)
+    monkeypatch.setattr(setting, "margin", 1.5 * setting.margin)
+    with pytest.raises(ValueError, match="another margin"):
+        all_of_them()
 
 
 def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():
@@ -209,6 +278,6 @@ def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():
 def test_a_head_with_a_bias_is_refused(setting):
     head = models.linear_head(9, use_bias=True)
     objective = Objective(head, BINARY, setting.phi, setting.y, weight_decay=1e-3, decayed="all")
-    retraining.fit_head(objective)
+    fit_head(objective)
     with pytest.raises(ValueError, match="without a bias"):
-        attacks.Attacks(objective, setting.backbone, setting.images, setting.x_test, setting.y_test)
+        attacks.Attacks(setting.data, objective, setting.backbone, setting.images)

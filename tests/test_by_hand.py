@@ -40,7 +40,7 @@ def test_nbval_from_the_root(tmp_path):
 def test_a_notebook_opened_before_those_it_reads_says_which_to_run(tmp_path):
     """As JupyterLab does it, in a project where nothing was run yet."""
     notebook = nbformat.read(ROOT / "notebooks" / "04_influence.ipynb", 4)
-    elsewhere = f"from helpers import runtime; stored.ROOT = stored.Path({str(tmp_path)!r})"
+    elsewhere = f"from support import stored; stored.ROOT = stored.Path({str(tmp_path)!r})"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code.insert(2, nbformat.v4.new_code_cell(elsewhere))
     notebook.cells = code[:4]

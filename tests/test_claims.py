@@ -1,8 +1,13 @@
 """Claims and what becomes of them, figures, and the pages made from what is committed."""
 
+import base64
+import html
 import json
+import re
 
+import cv2
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +16,7 @@ from support import claims, evaluation, figures, pages, stored
 from support.claims import claim
 
 matplotlib.use("agg")
+NOTEBOOKS = stored.ROOT / "notebooks"
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +226,87 @@ def test_test_points_are_chosen_by_rule():
     assert points["hardest correct"].tolist() == [3, 2]
     assert points["misclassified"].tolist() == [1, 6]
     assert not set(points["random correct"]) & {1, 2, 3, 6}
+
+
+# -------------------------------------------------------------------- damaged files, hostile names
+
+RECORDS = ["", '{"runs": {"all"', "[1]", "{}", '{"runs": [], "verdicts": []}', "\0\0"]
+
+
+@pytest.mark.parametrize("text", RECORDS)
+def test_a_damaged_verdict_file_ends_no_run(text):
+    """It is said, left out where verdicts are read, and whole again after the next run."""
+    where = stored.folder("runs", "demo", "figures")
+    path = where / "05_verdicts.json"
+    claims.write("05_a", "demo", {}, four(), dataset="vehicles")
+    claims.write("06_a", "demo", {}, four())
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"05_verdicts.json is damaged .* run notebook 05 again"):
+        claims.read_record(path)
+    with pytest.warns(UserWarning, match=r"05_verdicts\.json is damaged"):
+        assert set(claims.written(where)["notebook"]) == {"06_a"}
+    with pytest.warns(UserWarning, match="Claims on other data sets are lost"):
+        claims.forget(path, "digits")
+    path.write_text(text, encoding="utf-8")
+    with pytest.warns(UserWarning, match="Claims on other data sets are lost"):
+        claims.write("05_a", "demo", {}, four(), dataset="digits")
+    assert len(claims.written(where)) == 8
+
+
+HOSTILE = ["<img src=x onerror=alert(1)>", "</figcaption><script>alert(1)</script>", "a|b", "$\\x$"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_data_are_text_in_every_page(name):
+    """A subtype, a file or a data set may be called anything; no page runs it."""
+    cells = nbformat.read(NOTEBOOKS / "04_influence.ipynb", 4).cells
+    explorer = [c.source for c in cells if "def card(" in c.source or "def explore(" in c.source]
+    pictures, kinds = np.zeros((20, 4, 4, 3), np.uint8), pd.Series(20 * [name])
+    order = np.argsort(-np.random.default_rng(0).normal(size=(20, 20)))
+    page = {"np": np, "cv2": cv2, "base64": base64, "html": html, "HTML": str}
+    page |= {"kinds": kinds, "test_kinds": kinds, "train_pictures": pictures, "order": order}
+    page |= {"test_pictures": pictures, "changes": np.eye(20), "test_loss": np.ones(20)}
+    page["same_class"] = np.ones((20, 20), int)
+    for source in explorer:
+        exec(source, page)
+    claim_of_it = claim("a", name, 1, at_least=0)
+    claims.write("03_a", "demo", {"name": name}, [claim_of_it], dataset=name.replace("/", ""))
+    table = nbformat.v4.new_output(
+        "display_data", {"text/html": pd.DataFrame({name: [name]}).to_html()}
+    )
+    code = nbformat.v4.new_code_cell("f()", outputs=[table], execution_count=1)
+    of_notebook = pages.of_notebook(nbformat.v4.new_notebook(cells=[code]))
+    for text in (page["explore"](), of_notebook, pages._markdown_row([name, name])):
+        assert "<img src=x" not in text
+        assert "<script>alert" not in text
+    rows = pages._markdown_row([name, "end"])
+    assert len(re.findall(r"(?<!\\)\|", rows)) == 3
+    figures.save(figures.gallery(pictures[:2], [name, name], titles=[name]), "03_a", "demo")
+
+
+def test_an_executed_notebook_asks_no_other_host():
+    """Nothing is fetched from elsewhere, with all the formulas there; links to follow may stay."""
+    formulas = 0
+    for path in NOTEBOOKS.glob("0[0-5]*.ipynb"):
+        page = pages.of_notebook(nbformat.read(path, 4))
+        formulas += page.count("<math")
+        assert "<script" not in page
+        assert "@import" not in page
+        assert not re.findall(r"""(?:src|data|xlink:href)\s*=\s*["']?(?:https?:)?//""", page)
+        assert not re.findall(r"""url\(\s*["']?(?:https?:)?//""", page)
+        assert not re.findall(r"<link[^>]*href", page)
+    assert formulas > 40
+    odd = nbformat.v4.new_markdown_cell(r"$\nonsense{x}$ and $x^2$")
+    page = pages.of_notebook(nbformat.v4.new_notebook(cells=[odd]))
+    assert r"<code>\nonsense{x}</code>" in page
+    assert page.count("<math") == 1
+
+
+def test_actions_are_pinned_by_commit():
+    """What a tag names can be changed by others; a commit can not."""
+    lines = (NOTEBOOKS.parent / ".github/workflows/ci.yml").read_text(encoding="utf-8").splitlines()
+    uses = [k for k, line in enumerate(lines) if "uses:" in line]
+    assert len(uses) >= 7
+    for k in uses:
+        assert re.search(r"uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", lines[k]), lines[k]
+        assert "checkout@" not in lines[k] or "persist-credentials: false" in lines[k + 1]

@@ -1,15 +1,18 @@
 """Work spread over processes equals work done in one, also when a worker is killed meanwhile."""
 
+import http.client
 import os
 import signal
 import threading
 import time
+import urllib.request
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 
-from helpers import retraining
+from helpers import Objective, Removals, fit_head
 from support import cluster, stored
 
 
@@ -23,7 +26,6 @@ def removals():
     """Refits of a small head; the same wherever it is called."""
     import keras
 
-    from helpers.objective import Objective
     from support import models
 
     keras.config.set_dtype_policy("float64")
@@ -31,8 +33,8 @@ def removals():
     x, y = rng.normal(size=(60, 3)), rng.integers(0, 2, 60).astype(float)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     objective = Objective(models.linear_head(3), loss, x, y, weight_decay=0.1)
-    retraining.fit_head(objective)
-    return retraining.Removals(objective)
+    fit_head(objective)
+    return Removals(objective)
 
 
 def refit(folder, seconds):
@@ -42,7 +44,7 @@ def refit(folder, seconds):
     def task(rows):
         time.sleep(seconds)
         (folder / f"{rows[0]}.{os.getpid()}.tried").touch()
-        return build().exact(rows, checkpoint=stored.checkpoint(folder))
+        return stored.checkpoint(folder)([rows], lambda: build().exact(rows))
 
     return task
 
@@ -84,7 +86,8 @@ def test_what_fails_is_tried_again_and_then_raised(client, tmp_path):
 
 def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_path):
     work = "from pathlib import Path\nprint('n is', n)\nPath(log).open('a').write(f'{n}\\n')\n"
-    where = f"import sys\nsys.path.insert(0, {str(stored.ROOT)!r})\nfrom helpers import runtime\n"
+    where = f"import sys\nsys.path.insert(0, {str(stored.ROOT / 'notebooks')!r})\n"
+    where += "from support import stored\n"
     where += "(stored.folder('runs', 'demo') / f'{n}.json').touch()"
     log = str(tmp_path / "log")
     cells = [nbformat.v4.new_code_cell(text) for text in ("n = 1\nlog = ''", work, where)]
@@ -107,3 +110,17 @@ def test_a_sweep_runs_a_notebook_with_each_set_of_parameters_once(client, tmp_pa
 def test_an_address_without_a_scheduler_is_an_error():
     with pytest.raises(OSError, match="Timed out"):
         cluster.connect("tcp://127.0.0.1:9")
+
+
+def test_a_cluster_of_this_machine_listens_to_it_alone_and_has_no_dashboard(client):
+    def listening(pid=None):
+        found = psutil.Process(pid).net_connections()
+        return [c.laddr for c in found if c.status == "LISTEN"]
+
+    addresses = [*listening(), *(a for own in client.run(listening).values() for a in own)]
+    assert {address.ip for address in addresses} == {"127.0.0.1"}
+    assert 8787 not in {address.port for address in addresses}
+    for address in addresses:
+        for page in ("status", "health", "metrics", "info/main/workers.html"):
+            with pytest.raises((OSError, http.client.HTTPException)):
+                urllib.request.urlopen(f"http://127.0.0.1:{address.port}/{page}", timeout=0.5)

@@ -3,14 +3,19 @@
 import gzip
 import hashlib
 import io
+import shutil
+import struct
 import tarfile
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from support import datasets, drawings, features, stored, vehicles
 
@@ -25,7 +30,7 @@ def photos(tmp_path):
     for label in ("airplane", "car"):
         (tmp_path / label).mkdir()
         for k in range(10):
-            (tmp_path / label / f"{label}{k}.jpg").write_bytes(jpeg(k))
+            (tmp_path / label / f"{label}{k}.jpg").write_bytes(jpeg(k + 100 * (label == "car")))
     return tmp_path
 
 
@@ -71,7 +76,8 @@ def test_dogs_and_fish_are_photographs_in_their_own_folder(monkeypatch, tmp_path
     for label in ("dog", "fish"):
         (tmp_path / "dog_fish" / label).mkdir(parents=True)
         for k in range(4):
-            (tmp_path / "dog_fish" / label / f"{label}{k}.jpg").write_bytes(jpeg(k))
+            picture = jpeg(k + 100 * (label == "fish"))
+            (tmp_path / "dog_fish" / label / f"{label}{k}.jpg").write_bytes(picture)
     manifest = datasets.dog_fish(n_train=3, n_test=1)
     assert manifest["label"].value_counts().to_dict() == {"dog": 4, "fish": 4}
 
@@ -117,6 +123,251 @@ def test_a_truncated_jpeg_is_named(photos, cut):
     manifest = datasets.photos(photos, n_train=6, n_test=4)
     with pytest.raises(datasets.BadPicture, match=r"car3\.jpg"):
         datasets.pictures(manifest, 32)
+
+
+# -------------------------------------------------------------------- hostile folders
+
+
+def listed(photos, change=lambda rows: rows, columns=("file", "label", "subtype")):
+    """Write a manifest.csv of the photographs, its rows changed."""
+    names = [(f"{label}/{label}{k}.jpg", label) for label in ("airplane", "car") for k in range(10)]
+    rows = change([[file, label, label] for file, label in names])
+    lines = [",".join(columns), *(",".join(row) for row in rows)]
+    (photos / "manifest.csv").write_text("\n".join(lines), encoding="utf-8")
+    return datasets.photos(photos, n_train=6, n_test=4)
+
+
+@pytest.mark.parametrize("label", ["None", "NA", "nan", "null", "N/A", "1", "<b>car</b>"])
+def test_a_label_is_what_it_says(photos, label):
+    """None of these is a gap: no row is dropped."""
+    manifest = listed(photos, lambda rows: [[f, a.replace("car", label), k] for f, a, k in rows])
+    assert manifest["label"].value_counts().to_dict() == {"airplane": 10, label: 10}
+    assert manifest["id"].is_unique
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_an_empty_cell_is_named(photos, column):
+    def empty(rows):
+        rows[3][column] = ""
+        return rows
+
+    with pytest.raises(ValueError, match=r"manifest.csv, line 5: a cell is empty"):
+        listed(photos, empty)
+
+
+def same_file(photos):
+    listed(photos, lambda rows: [*rows, rows[0]])
+
+
+def same_file_in_both_classes(photos):
+    listed(photos, lambda rows: [*rows, [rows[0][0], "car", "car"]])
+
+
+def same_bytes_in_both_classes(photos):
+    shutil.copy(photos / "car" / "car1.jpg", photos / "airplane" / "other.jpg")
+    datasets.photos(photos, n_train=6, n_test=4)
+
+
+def same_name_with_another_ending(photos):
+    (photos / "car" / "car1.png").write_bytes(jpeg(7))
+    datasets.photos(photos, n_train=6, n_test=4)
+
+
+def same_name_in_another_folder(photos):
+    (photos / "more").mkdir()
+    (photos / "more" / "car1.jpg").write_bytes(jpeg(7))
+    listed(photos, lambda rows: [*rows, ["more/car1.jpg", "car", "car"]])
+
+
+TWICE = [same_file, same_file_in_both_classes, same_bytes_in_both_classes]
+TWICE += [same_name_with_another_ending, same_name_in_another_folder]
+
+
+@pytest.mark.parametrize("twice", TWICE)
+def test_what_is_there_twice_is_named(photos, twice):
+    with pytest.raises(ValueError, match=r"(car1|airplane0|other)\.jpg and .*: keep one"):
+        twice(photos)
+
+
+@pytest.mark.parametrize("name", ["a!b", "my.tar!x", "a b", "ä", "100%", "[1]", "a,b", "'"])
+def test_odd_names_are_names(photos, name, tmp_path_factory):
+    """Of files and of the folder that holds them."""
+    home = tmp_path_factory.mktemp("odd") / name
+    shutil.copytree(photos, home)
+    (home / "car" / "car1.jpg").rename(home / "car" / f"{name}.jpg")
+    manifest = datasets.photos(home, n_train=6, n_test=4)
+    assert f"car/{name}" in set(manifest["id"])
+    assert datasets.pictures(manifest, 8).shape == (20, 8, 8, 3)
+    assert len(datasets.fingerprint(manifest)) == 64
+
+
+@pytest.mark.parametrize("name", ["car/._car1.jpg", "car/.hidden.png", ".ipynb_checkpoints/a.jpg"])
+def test_hidden_files_are_no_pictures(photos, name):
+    (photos / name).parent.mkdir(exist_ok=True)
+    (photos / name).write_bytes(b"what an editor or macOS left")
+    assert len(datasets.photos(photos, n_train=6, n_test=4)) == 20
+
+
+# -------------------------------------------------------------------- hostile pictures
+
+
+def encoded(kind, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), np.uint8)
+    return cv2.imencode(f".{kind}", noise)[1].tobytes()
+
+
+def with_thumbnail():
+    """Return a small JPEG that holds another, whole one in its header."""
+    outer, inner = encoded("jpg")[:20] + encoded("jpg")[20:], encoded("jpg", 1)[:3000]
+    inside = b"Exif\0\0" + inner + b"\xff\xd9"
+    segment = b"\xff\xe1" + (len(inside) + 2).to_bytes(2) + inside
+    return outer[:2] + segment + outer[2:]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 100, 1000])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "bmp", "thumbnail"])
+def test_a_picture_that_was_cut_is_named(kind, cut):
+    whole = with_thumbnail() if kind == "thumbnail" else encoded(kind)
+    assert datasets.decode(whole).shape == (64, 64, 3)
+    with pytest.raises(datasets.BadPicture, match=r"a\.x cannot be decoded"):
+        datasets.decode(whole[:-cut], "a.x")
+
+
+def png(width, height, kind=2):
+    """Return a PNG of a few bytes whose header says any size."""
+
+    def chunk(name, data):
+        return len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, kind, 0, 0, 0])
+    pieces = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(99))), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+HUGE = {
+    "12,000 x 12,000": png(12_000, 12_000),
+    "60,000 x 60,000": png(60_000, 60_000),
+    "2 billion x 1": png(2**31 - 1, 1),
+    "BMP": b"BM" + bytes(12) + struct.pack("<IiiHHIIiiII", 40, 40_000, 40_000, 1, 24, *6 * [0]),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_a_huge_header_takes_no_memory(what):
+    tracemalloc.start()
+    with pytest.raises(datasets.BadPicture, match=r"a\.png (says it has|cannot be decoded)"):
+        datasets.decode(HUGE[what], "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"junk" * 99, b"GIF89a", b"<svg></svg>"])
+def test_what_is_no_picture_is_named(data):
+    with pytest.raises(datasets.BadPicture, match="a cannot be decoded"):
+        datasets.decode(data, "a")
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGBA", "LA", "palette", "RGBA 16 bit", "webp", "grey 16 bit", "CMYK", "EXIF"]
+)
+def test_transparent_parts_show_white_and_the_rest_what_is_seen(mode):
+    """The colours that are stored behind transparent pixels are nobody's picture."""
+    shown = np.full((20, 30, 3), 200, np.uint8)
+    alpha = np.full((20, 30, 1), 255, np.uint8)
+    alpha[:10] = 0
+    stream, expected = io.BytesIO(), np.where(alpha == 0, 255, shown)
+    if mode in ("RGBA", "webp"):
+        Image.fromarray(np.dstack([shown, alpha])).save(stream, "png" if mode == "RGBA" else mode)
+    elif mode == "LA":
+        Image.fromarray(np.dstack([shown[..., :1], alpha]), "LA").save(stream, "png")
+    elif mode == "palette":
+        picture = Image.new("P", (30, 20), 1)
+        picture.putpalette([9, 9, 9, 200, 200, 200])
+        picture.paste(0, (0, 0, 30, 10))
+        picture.save(stream, "png", transparency=0)
+    elif mode == "RGBA 16 bit":
+        wide = np.dstack([shown, alpha]).astype(np.uint16) * 257
+        stream = io.BytesIO(cv2.imencode(".png", wide)[1].tobytes())
+    else:
+        expected = shown
+        if mode == "CMYK":
+            Image.fromarray(shown).convert("CMYK").save(stream, "jpeg", quality=100)
+        elif mode == "EXIF":
+            turned, expected = shown.copy(), shown.transpose(1, 0, 2).copy()
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            Image.fromarray(turned).save(stream, "jpeg", exif=exif, quality=100)
+        else:
+            grey = cv2.imencode(".png", shown[..., 0].astype(np.uint16) * 257)[1]
+            stream = io.BytesIO(grey.tobytes())
+    found = datasets.decode(stream.getvalue())
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found.astype(int), expected, atol=3)
+
+
+# -------------------------------------------------------------------- hostile archives
+
+
+def test_a_packed_tar_and_a_cut_tar_are_named(synsets):
+    path = synsets / "n04037443.tar"
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match=r"n04037443\.tar is no readable tar .*\.tar\.gz"):
+        datasets.ilsvrc(synsets, n_train=6, n_test=4)
+    datasets._members.cache_clear()
+    path.write_bytes(whole[:2000])
+    with pytest.raises(ValueError, match=r"n04037443\.tar (is cut off|is no readable)"):
+        datasets.ilsvrc(synsets, n_train=6, n_test=4)
+    datasets._members.cache_clear()
+
+
+ZEROS = gzip.compress(bytes(2 * 10**8), 1)  # 0.9 MB that unpack to 200 MB
+
+
+def bombs(name):
+    stream = io.BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("dataset_diabetes/diabetic_data.csv", bytes(2 * 10**8))
+    elif name.endswith(".tar.gz"):
+        member = tarfile.TarInfo("enron1/spam/a.txt")
+        member.size = 4 * 2**30
+        stream.write(gzip.compress(member.tobuf() + bytes(10**6)))
+    return stream.getvalue() or ZEROS
+
+
+ARCHIVES = {
+    "mnist/train-images-idx3-ubyte.gz": lambda: datasets.mnist("idx"),
+    "diabetes/dataset_diabetes.zip": datasets.diabetes,
+    "spam/enron1.tar.gz": datasets.enron,
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive_that_unpacks_to_too_much_is_not_read(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    data, path = bombs(name), tmp_path / name
+    path.parent.mkdir()
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"{path.name} (is damaged|unpacks to more)"):
+        ARCHIVES[name]()
+    assert tracemalloc.get_traced_memory()[1] < 1.5e8
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["junk", "cut", "empty"])
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_cut_and_junk_archives_are_named(name, damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    path, whole = tmp_path / name, bombs(name)
+    path.parent.mkdir()
+    path.write_bytes({"junk": b"junk" * 999, "cut": whole[:900], "empty": b""}[damage])
+    with pytest.raises(ValueError, match=f"{path.name} (is damaged|is no |unpacks)"):
+        ARCHIVES[name]()
+
+
+# -------------------------------------------------------------------- synset tars
 
 
 def test_synset_tars_are_read_in_place(synsets):
@@ -213,11 +464,10 @@ def test_drawings_are_files_with_the_pixels_that_were_drawn(tmp_path, monkeypatc
         np.testing.assert_array_equal(picture, drawings.draw(row, seed=3, size=32))
     home = Path(manifest["path"][0]).parent
     assert len(list(home.glob("*.png"))) == len(manifest) == 300
-    written = pd.read_csv(home / "manifest.csv", keep_default_na=False)
-    pd.testing.assert_frame_equal(written, manifest)
-    monkeypatch.setattr(datasets, "_draw", lambda *_: pytest.fail("they are there"))
+    monkeypatch.setattr(datasets, "_draw", lambda *_, **__: pytest.fail("they are there"))
     assert datasets.rendered(seed=3, **sizes, size=32).equals(manifest)
-    monkeypatch.setattr(datasets, "_draw", lambda *_: None)
+    sums = lambda rows, *_, **__: [datasets._checksum(row["file"]) for row in rows]  # noqa: E731
+    monkeypatch.setattr(datasets, "_draw", sums)
     others = [datasets.rendered(seed=3, **sizes, size=48), datasets.rendered(seed=4, **sizes)]
     assert len({home, *(Path(other["path"][0]).parent for other in others)}) == 3
 

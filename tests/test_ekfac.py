@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from helpers import curvature
-from helpers.ekfac import EKFAC
-from helpers.objective import Objective
+from helpers import EKFAC, GaussNewton, Objective, solve
+from helpers.ekfac import Blocks
+from helpers.hessian import curvature_factors
 from tests.conftest import SOFTMAX
 
 
@@ -25,8 +25,8 @@ def dense_ekfac(objective, factors, damping):
     In coordinates scaled by S = (decay + damping)^-1/2, with the eigenvectors of S A S and of B as
     columns of V, it is S^-1 (V diag(V' S G S V) V' + I) S^-1, layer by layer.
     """
-    x, y, weight = objective.gather(np.arange(objective.n))
-    u, signs = curvature.curvature_factors(objective, x, y)
+    x, y, weight = objective.data.gather(np.arange(objective.n))
+    u, signs = curvature_factors(objective, x, y)
     assert signs.min() >= 0
     u *= np.sqrt(weight.numpy())[:, None, None]
     g = np.einsum("npc,nqc->pq", u, u) / objective.n
@@ -63,10 +63,10 @@ def test_one_layer_with_squared_loss_is_the_exact_gauss_newton(damping):
     weight = np.random.default_rng(2).uniform(0.5, 2, 40)
     objective = one_layer("mse", 3, weight_decay=0.1, sample_weight=weight)  # no decay on the bias
     b = right_hand_sides(objective)
-    expected = solved(curvature.dense_gauss_newton(objective), damping, b)
-    np.testing.assert_allclose(EKFAC(objective, damping=damping).solve(b), expected, rtol=1e-8)
+    expected = solved(GaussNewton(objective).dense(), damping, b)
+    np.testing.assert_allclose(solve(objective, b, EKFAC(damping)).x, expected, rtol=1e-8)
     np.testing.assert_allclose(
-        EKFAC(objective, damping=damping).solve(b[:, 0]), expected[:, 0], rtol=1e-8
+        solve(objective, b[:, 0], EKFAC(damping)).x, expected[:, 0], rtol=1e-8
     )
 
 
@@ -80,9 +80,9 @@ def test_softmax_network_is_the_dense_closed_form(network):
         (x, np.einsum("nia,nab,njb->ij", slope, a2, slope)), (hidden, a2.sum(0))
     ]]  # fmt: skip
     matrix, b = dense_ekfac(objective, factors, 0.01), right_hand_sides(objective)
-    got = EKFAC(objective, damping=0.01).solve(b)
+    got = solve(objective, b, EKFAC(0.01)).x
     np.testing.assert_allclose(got, np.linalg.solve(matrix, b), rtol=1e-8)
-    exact = solved(curvature.dense_gauss_newton(objective), 0.01, b)
+    exact = solved(GaussNewton(objective).dense(), 0.01, b)
     assert np.abs(got - exact).max() > 1e-3 * np.abs(exact).max()  # an approximation all the same
 
 
@@ -115,7 +115,7 @@ def positions(layer, x):
 def test_convolutions_are_the_dense_closed_form():
     objective = convolutional("tanh")
     first, second, _, dense = objective.model.layers
-    x = tf.convert_to_tensor(objective.gather(np.arange(30))[0])
+    x = tf.convert_to_tensor(objective.data.gather(np.arange(30))[0])
     befores, inputs = [], [x]
     with tf.GradientTape(persistent=True) as tape:
         for layer in (first, second):
@@ -138,15 +138,15 @@ def test_convolutions_are_the_dense_closed_form():
                         np.einsum("ntoa,nab,ntpb->op", pulled, bent, pulled)))  # fmt: skip
     factors.append((ones_added(flat).T @ ones_added(flat), bent.sum(0)))
     matrix, b = dense_ekfac(objective, factors, 0.02), right_hand_sides(objective)
-    got = EKFAC(objective, damping=0.02).solve(b)
+    got = solve(objective, b, EKFAC(0.02)).x
     np.testing.assert_allclose(got, np.linalg.solve(matrix, b), rtol=1e-8)
 
 
 def test_batches_do_not_matter():
     whole, small = convolutional("tanh"), convolutional("tanh", batch_size=7)
     b = right_hand_sides(whole)
-    got = EKFAC(small, damping=0.1).solve(b)
-    np.testing.assert_allclose(got, EKFAC(whole, damping=0.1).solve(b), rtol=1e-9)
+    got = solve(small, b, EKFAC(0.1)).x
+    np.testing.assert_allclose(got, solve(whole, b, EKFAC(0.1)).x, rtol=1e-9)
 
 
 def test_a_softmax_in_the_last_layer_changes_nothing(network):
@@ -157,7 +157,7 @@ def test_a_softmax_in_the_last_layer_changes_nothing(network):
     dense.set_weights(objective.model.layers[-1].get_weights())
     same = Objective(model, "sparse_categorical_crossentropy", x, y, weight_decay=0.05)
     b = right_hand_sides(objective)
-    got, expected = (EKFAC(o, damping=0.1).solve(b) for o in (same, objective))
+    got, expected = (solve(o, b, EKFAC(0.1)).x for o in (same, objective))
     np.testing.assert_allclose(got, expected, rtol=1e-8)
     np.testing.assert_array_equal(
         model.layers[-1].activation(np.zeros((1, 3))), np.full((1, 3), 1 / 3)
@@ -169,12 +169,12 @@ def test_other_layers_are_refused_in_words():
     model = keras.Sequential([keras.Input((3,)), *layers])
     x, y = np.ones((5, 3)), np.zeros(5, int)
     with pytest.raises(ValueError, match=r"Dense and Conv2D.*gamma"):
-        EKFAC(Objective(model, SOFTMAX, x, y, weight_decay=0.1), damping=0.1)
+        Blocks(Objective(model, SOFTMAX, x, y, weight_decay=0.1), 0.1)
     names = [layers[0].name, layers[2].name]
     chosen = Objective(model, SOFTMAX, x, y, weight_decay=0.1, parameters=names)
-    assert np.isfinite(EKFAC(chosen, damping=0.1).solve(np.ones(chosen.p))).all()
+    assert np.isfinite(solve(chosen, np.ones(chosen.p), EKFAC(0.1)).x).all()
     with pytest.raises(ValueError, match="weight decay on every parameter"):
-        EKFAC(chosen)
+        Blocks(chosen, 0.0)
 
 
 def test_a_shared_layer_is_refused_in_words():
@@ -182,4 +182,4 @@ def test_a_shared_layer_is_refused_in_words():
     model = keras.Model(inputs, shared(shared(inputs)))
     objective = Objective(model, SOFTMAX, np.ones((5, 3)), np.zeros(5, int), weight_decay=0.1)
     with pytest.raises(ValueError, match="exactly once"):
-        EKFAC(objective, damping=0.1)
+        Blocks(objective, 0.1)

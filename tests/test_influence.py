@@ -6,14 +6,27 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, Problem, ridge
 
-from helpers import curvature, influence, retraining
-from helpers.objective import Objective
+from helpers import (
+    CG,
+    GaussNewton,
+    Hessian,
+    Objective,
+    Removals,
+    fit_head,
+    influence_on_loss,
+    influence_wrt_input,
+    predicted_loss_change,
+    s_test,
+    self_influence,
+    solve,
+)
+from helpers.gradients import per_example_gradients
 from support import models
 
 
-def predictions(problem, **options):
-    solution = influence.s_test(problem.objective, problem.x_test, problem.y_test, **options)
-    return influence.predicted_loss_change(problem.objective, solution)
+def predictions(problem, solver=None):
+    solution = s_test(problem.objective, problem.x_test, problem.y_test, solver)
+    return predicted_loss_change(problem.objective, solution)
 
 
 @pytest.mark.parametrize("name", ["binary", "softmax"])
@@ -44,7 +57,7 @@ def test_prediction_is_the_derivative_of_a_refit(name, request):
             decayed="all",
         )
         other.theta = problem.objective.theta
-        retraining.fit_head(other, tol=1e-13)
+        fit_head(other, tol=1e-13)
         losses.append(other.losses(problem.x_test, problem.y_test))
     slope = (losses[0] - losses[1]) / (2 * step)
     np.testing.assert_allclose(slope, predicted[:, i], rtol=1e-5, atol=1e-9)
@@ -56,19 +69,19 @@ def test_removing_a_mislabelled_twin_lowers_the_test_loss():
     x = np.concatenate([problem.x, problem.x_test])
     y = np.concatenate([problem.y, 1 - problem.y_test])  # the test point itself, wrongly labelled
     objective = Objective(models.linear_head(6), BINARY, x, y, weight_decay=1e-2)
-    retraining.fit_head(objective)
-    solution = influence.s_test(objective, problem.x_test, problem.y_test)
-    change = influence.predicted_loss_change(objective, solution)[0]
+    fit_head(objective)
+    solution = s_test(objective, problem.x_test, problem.y_test)
+    change = predicted_loss_change(objective, solution)[0]
     assert change.argmin() == 100
     assert change[100] < 0
-    assert influence.influence_on_loss(objective, solution)[0, 100] == -101 * change[100]
+    assert influence_on_loss(objective, solution)[0, 100] == -101 * change[100]
 
 
 def test_ridge_regression_newton_step_is_exact_removal():
     """Squared loss: the Newton prediction equals the closed-form leave-one-out to 1e-10."""
     wd = 0.3
     objective, x, y = ridge(30, 4, wd)
-    steps = retraining.Removals(objective).newton_steps(np.arange(30))
+    steps = Removals(objective).newton_steps(np.arange(30))
     for i in range(30):
         keep = np.arange(30) != i
         h = 2 * x[keep].T @ x[keep] / 29 + wd * np.eye(4)
@@ -78,17 +91,17 @@ def test_ridge_regression_newton_step_is_exact_removal():
 
 def test_cg_and_cholesky_give_the_same_influences(softmax):
     exact = predictions(softmax)
-    np.testing.assert_allclose(predictions(softmax, solver="cg", rtol=1e-11), exact, atol=1e-10)
+    np.testing.assert_allclose(predictions(softmax, CG(rtol=1e-11)), exact, atol=1e-10)
 
 
 def test_unregularised_share_is_what_sets_removal_right(binary):
     """C4: with the regulariser's share the prediction is closer to the refits than without."""
     problem = binary
-    removals = retraining.Removals(problem.objective)
+    removals = Removals(problem.objective)
     rows = np.arange(len(problem.x))
     actual = removals.loss_change(removals.exact(rows), problem.x_test, problem.y_test)
     predicted = predictions(problem)
-    solution = influence.s_test(problem.objective, problem.x_test, problem.y_test)
+    solution = s_test(problem.objective, problem.x_test, problem.y_test)
     share = problem.objective.decay * problem.objective.theta @ solution.x / len(problem.x)
     without = predicted - share[:, None]
     assert np.abs(predicted - actual).mean() < np.abs(without - actual).mean()
@@ -100,40 +113,38 @@ def test_self_influence_has_sigma_squared(binary):
     p = 1 / (1 + np.exp(-x @ objective.theta))
     h = (x * (p * (1 - p) / len(x))[:, None]).T @ x + binary.weight_decay * np.eye(x.shape[1])
     q = np.einsum("nd,de,ne->n", x, np.linalg.inv(h), x)
-    ours = influence.self_influence(objective, x, y)
+    ours = self_influence(objective, x, y)
     np.testing.assert_allclose(ours, (p - y) ** 2 * q, rtol=1e-10)
     assert not np.allclose(ours, np.abs(p - y) * q, rtol=0.1)
 
 
 def test_self_influence_of_a_network(network):
     objective, x, y = network
-    from helpers.curvature import dense_hessian, per_example_gradients
 
     damping = 0.5
     g = per_example_gradients(objective, x, y)
-    h = dense_hessian(objective) + damping * np.eye(objective.p)
+    h = Hessian(objective).dense() + damping * np.eye(objective.p)
     expected = np.einsum("np,pq,nq->n", g, np.linalg.inv(h), g)
     np.testing.assert_allclose(
-        influence.self_influence(objective, x, y, damping=damping), expected, rtol=1e-9
+        self_influence(objective, x, y, damping=damping), expected, rtol=1e-9
     )
 
 
 def test_influence_wrt_input_has_the_closed_form_of_logistic_regression(binary):
     """C5: d(s . grad loss) / dx = (p - y) s + p (1 - p) (s . x) theta."""
     objective, x, y = binary.objective, binary.x[:5], binary.y[:5]
-    s = influence.s_test(objective, binary.x_test[:1], binary.y_test[:1]).x[:, 0]
+    s = s_test(objective, binary.x_test[:1], binary.y_test[:1]).x[:, 0]
     p = 1 / (1 + np.exp(-x @ objective.theta))
     expected = (p - y)[:, None] * s + (p * (1 - p) * (x @ s))[:, None] * objective.theta
-    ours = influence.influence_wrt_input(objective, s, x, y.astype(float))
+    ours = influence_wrt_input(objective, s, x, y.astype(float))
     np.testing.assert_allclose(ours, expected, atol=1e-12)
 
 
 def test_influence_wrt_input_by_finite_differences(network):
     objective, x, y = network
-    from helpers.curvature import per_example_gradients
 
     s = np.random.default_rng(0).normal(size=objective.p)
-    ours = influence.influence_wrt_input(objective, s, x[:2], y[:2])
+    ours = influence_wrt_input(objective, s, x[:2], y[:2])
     step = 1e-6
     for k in range(x.shape[1]):
         up, down = x[:2].copy(), x[:2].copy()
@@ -152,9 +163,7 @@ def test_influence_wrt_input_by_finite_differences(network):
 
 def test_integer_inputs_are_refused(network):
     with pytest.raises(ValueError, match="real-valued"):
-        influence.influence_wrt_input(
-            network[0], np.ones(network[0].p), np.ones((2, 4), int), [0, 1]
-        )
+        influence_wrt_input(network[0], np.ones(network[0].p), np.ones((2, 4), int), [0, 1])
 
 
 def test_a_float32_model_gives_float64_influences_through_its_head(binary):
@@ -165,15 +174,15 @@ def test_a_float32_model_gives_float64_influences_through_its_head(binary):
         keras.config.set_dtype_policy("float64")
     objective = Objective(model, BINARY, binary.x, binary.y, weight_decay=1e-2)
     assert objective.dtype == "float32"
-    fit = retraining.fit_head(objective)
+    fit = fit_head(objective)
     assert fit.gradient_norm < 1e-7
     assert fit.converged
     assert fit.exact_norm <= 1e-10 < fit.gradient_norm
     assert "before the model rounded the parameters" in str(fit)  # float32 holds seven digits
-    solution = influence.s_test(objective, binary.x_test, binary.y_test)
+    solution = s_test(objective, binary.x_test, binary.y_test)
     assert solution.dtype == "float64"
     np.testing.assert_allclose(
-        influence.predicted_loss_change(objective, solution), predictions(binary), atol=1e-7
+        predicted_loss_change(objective, solution), predictions(binary), atol=1e-7
     )
 
 
@@ -182,23 +191,18 @@ def test_zero_test_gradient_has_zero_influence(binary):
     objective = binary.objective
     x_test = np.zeros((1, 12))
     with pytest.warns(UserWarning, match="zero but for rounding"):
-        solution = influence.s_test(objective, x_test, np.array([1]), solver="cg")
+        solution = s_test(objective, x_test, np.array([1]), CG())
     assert solution.converged.all()
-    assert not influence.predicted_loss_change(objective, tf.constant(solution.x)).any()
+    assert not predicted_loss_change(objective, tf.constant(solution.x)).any()
 
 
 def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):
     """One objective solves with H, with G and with H again: each has its own compiled product."""
     objective, x, y = network
-    options = {"solver": "cg", "damping": 0.5, "rtol": 1e-5}
-    g = curvature.per_example_gradients(objective, x[:2], y[:2]).T.astype(float)
-    for gauss_newton, matrix in (
-        (False, curvature.dense_hessian(objective)),
-        (True, curvature.dense_gauss_newton(objective)),
-        (False, curvature.dense_hessian(objective)),
-    ):
-        solution = influence.ihvp(objective, g, gauss_newton=gauss_newton, **options)
+    g = per_example_gradients(objective, x[:2], y[:2]).T.astype(float)
+    for kind in (Hessian, GaussNewton, Hessian):
+        solution, matrix = solve(kind(objective), g, CG(0.5, rtol=1e-5)), kind(objective).dense()
         expected = np.linalg.solve(matrix + 0.5 * np.eye(len(g)), g)
         assert np.linalg.norm(solution.x - expected) <= 1e-4 * np.linalg.norm(expected)
-    h = curvature.dense_hessian(objective)
-    assert np.linalg.norm(curvature.dense_gauss_newton(objective) - h) > 0.01 * np.linalg.norm(h)
+    h = Hessian(objective).dense()
+    assert np.linalg.norm(GaussNewton(objective).dense() - h) > 0.01 * np.linalg.norm(h)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from helpers.objective import Objective
+from helpers import Objective
 from support import models
 
 

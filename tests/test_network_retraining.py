@@ -6,8 +6,18 @@ import pytest
 from conftest import SOFTMAX, ridge
 from scipy.optimize import check_grad, minimize
 
-from helpers import curvature, influence, retraining, solvers
-from helpers.objective import Objective
+from helpers import (
+    Cholesky,
+    GaussNewton,
+    Hessian,
+    Objective,
+    Removals,
+    predicted_loss_change,
+    s_test,
+    solve,
+)
+from helpers.gradients import per_example_gradients
+from helpers.hessian import curvature_factors
 from studies.network_retraining import NetworkRemovals, _Anchor, _target, polish
 from support import stored
 
@@ -41,8 +51,8 @@ def polished():
 def test_polishing_ends_at_a_minimum(polished):
     objective, descent, *_ = polished
     assert descent.converged
-    assert np.linalg.norm(curvature.loss_gradient(objective)) <= 1e-9
-    assert np.linalg.eigvalsh(curvature.dense_hessian(objective))[0] > 0
+    assert np.linalg.norm(objective.gradient()) <= 1e-9
+    assert np.linalg.eigvalsh(Hessian(objective).dense())[0] > 0
     np.testing.assert_array_equal(objective.theta, descent.theta)
 
 
@@ -56,7 +66,7 @@ def test_polishing_says_when_it_did_not_finish(polished):
 
 def test_a_target_is_the_mean_loss_of_the_others(polished):
     objective, *_ = polished
-    x, y, w = (a.numpy() for a in objective.gather(np.arange(90)))
+    x, y, w = (a.numpy() for a in objective.data.gather(np.arange(90)))
     theta, keep = objective.theta + 0.1, np.arange(90) != 7
     value, gradient = _target(objective, without=7)(theta)
     others = Objective(
@@ -70,7 +80,7 @@ def test_a_target_is_the_mean_loss_of_the_others(polished):
     )
     others.theta = theta
     np.testing.assert_allclose(value, others.training_loss(), rtol=1e-12)
-    np.testing.assert_allclose(gradient, curvature.loss_gradient(others), atol=1e-12)
+    np.testing.assert_allclose(gradient, others.gradient(), atol=1e-12)
     objective.theta = polished[1].theta
 
 
@@ -91,41 +101,41 @@ def test_gradients_of_targets_are_those_of_their_values(polished, kind):
 
 def test_curvature_factors_are_the_gauss_newton_matrix(polished):
     objective, *_ = polished
-    x, y, w = objective.gather(np.arange(90))
-    u, _ = curvature.curvature_factors(objective, x, y)
+    x, y, w = objective.data.gather(np.arange(90))
+    u, _ = curvature_factors(objective, x, y)
     g = np.einsum("npc,nqc,n->pq", u, u, w.numpy()) / 90 + np.diag(objective.decay)
-    np.testing.assert_allclose(g, curvature.dense_gauss_newton(objective), atol=1e-12)
+    np.testing.assert_allclose(g, GaussNewton(objective).dense(), atol=1e-12)
 
 
 def test_a_newton_step_of_a_linear_network_is_the_heads(softmax):
-    removals = NetworkRemovals(softmax.objective, curvature.dense_hessian(softmax.objective))
+    removals = NetworkRemovals(softmax.objective, Hessian(softmax.objective).dense())
     rows = np.array([0, 5, 99])
-    expected = retraining.Removals(softmax.objective).newton_steps(rows)
+    expected = Removals(softmax.objective).newton_steps(rows)
     np.testing.assert_allclose(removals.newton_steps(rows), expected, atol=1e-12)
 
 
 def test_retraining_a_linear_network_is_the_exact_refit(softmax):
-    removals = NetworkRemovals(softmax.objective, curvature.dense_hessian(softmax.objective))
+    removals = NetworkRemovals(softmax.objective, Hessian(softmax.objective).dense())
     rows = np.array([0, 5, 99])
-    expected = retraining.Removals(softmax.objective).exact(rows)
+    expected = Removals(softmax.objective).exact(rows)
     refits = removals.retrain(rows, tol=1e-10)
     np.testing.assert_allclose(refits.thetas, expected, atol=1e-7)
     assert (refits.gradient_norms <= 1e-10).all()
-    steps = retraining.Removals(softmax.objective).newton_steps(rows)
+    steps = Removals(softmax.objective).newton_steps(rows)
     stepped = softmax.objective.theta[:, None] + steps  # a convex loss lets the whole step through
     np.testing.assert_allclose(removals.newton(rows), stepped, atol=1e-9)
 
 
 def test_a_newton_step_has_the_exact_left_out_hessian_and_lowers_the_loss(polished):
     objective, descent, *_ = polished
-    removals = NetworkRemovals(objective, curvature.dense_hessian(objective))
-    x, y, w = (a.numpy() for a in objective.gather(np.arange(90)))
+    removals = NetworkRemovals(objective, Hessian(objective).dense())
+    x, y, w = (a.numpy() for a in objective.data.gather(np.arange(90)))
     moved = removals.newton([7])[:, 0]
     keep = np.arange(90) != 7
     data = SOFTMAX, x[keep], y[keep]
     how = {"weight_decay": 0.05, "decayed": "all", "sample_weight": w[keep]}
     others = Objective(objective.model, *data, **how)
-    h, g = curvature.dense_hessian(others), curvature.loss_gradient(others)
+    h, g = Hessian(others).dense(), others.gradient()
     np.testing.assert_allclose(moved - descent.theta, -np.linalg.solve(h, g), atol=1e-8)
     before = others.training_loss()
     others.theta = moved
@@ -136,10 +146,7 @@ def test_a_newton_step_has_the_exact_left_out_hessian_and_lowers_the_loss(polish
 def test_retraining_a_network_equals_plain_descent_from_theta(polished):
     """Another method, in other coordinates, with no factorisation."""
     objective, descent, x_test, y_test = polished
-    removals, rows = (
-        NetworkRemovals(objective, curvature.dense_hessian(objective)),
-        np.array([4, 50]),
-    )
+    removals, rows = (NetworkRemovals(objective, Hessian(objective).dense()), np.array([4, 50]))
     refits = removals.retrain(rows)
     for theta, row in zip(refits.thetas.T, rows, strict=True):
         plain = minimize(
@@ -160,13 +167,8 @@ def test_retraining_a_network_equals_plain_descent_from_theta(polished):
 
 def test_taking_little_weight_away_changes_what_influence_predicts(polished):
     objective, _, x_test, y_test = polished
-    removals, rows = (
-        NetworkRemovals(objective, curvature.dense_hessian(objective)),
-        np.array([4, 50]),
-    )
-    predicted = influence.predicted_loss_change(
-        objective, influence.s_test(objective, x_test, y_test)
-    )[:, rows]
+    removals, rows = (NetworkRemovals(objective, Hessian(objective).dense()), np.array([4, 50]))
+    predicted = predicted_loss_change(objective, s_test(objective, x_test, y_test))[:, rows]
     little = removals.retrain(rows, fraction=1e-3, tol=1e-11)
     actual = removals.loss_change(little.thetas, x_test, y_test) / 1e-3
     np.testing.assert_allclose(actual, predicted, rtol=0.02, atol=1e-6)
@@ -175,12 +177,12 @@ def test_taking_little_weight_away_changes_what_influence_predicts(polished):
 def test_the_proximal_response_of_ridge_regression_is_its_influence():
     """For squared loss the Bregman objective is quadratic: its minimum has a closed form."""
     objective, *_ = ridge(30, 4, 0.3)
-    g, rows, damping = curvature.dense_gauss_newton(objective), np.array([0, 11]), 0.2
+    g, rows, damping = GaussNewton(objective).dense(), np.array([0, 11]), 0.2
     refits = NetworkRemovals(objective, g).proximal(rows, damping, tol=1e-12)
-    x, y, _ = objective.gather(rows)
-    own = curvature.per_example_gradients(objective, x, y).T
+    x, y, _ = objective.data.gather(rows)
+    own = per_example_gradients(objective, x, y).T
     share = (objective.decay * objective.theta)[:, None]
-    first = solvers.solve_cholesky(g, own + share, damping=damping).x / objective.n
+    first = solve(g, own + share, Cholesky(damping)).x / objective.n
     phi = x.numpy()
     for k in range(2):
         # the removed point's loss is gone, its Bregman term is not: both are quadratic
@@ -195,7 +197,7 @@ def test_the_proximal_response_of_ridge_regression_is_its_influence():
 
 def test_an_interrupted_run_of_refits_goes_on_where_it_was(polished, tmp_path):
     objective, *_ = polished
-    removals, rows = NetworkRemovals(objective, curvature.dense_hessian(objective)), np.arange(4)
+    removals, rows = NetworkRemovals(objective, Hessian(objective).dense()), np.arange(4)
     whole = removals.retrain(rows)
     keep, done = stored.checkpoint(tmp_path), []
 

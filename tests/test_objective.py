@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from conftest import BINARY, SOFTMAX
 
-from helpers import curvature
-from helpers.objective import Objective
+from helpers import Hessian, Objective
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(20, 3)), RNG.integers(0, 2, 20)
@@ -62,7 +61,7 @@ def test_probabilities_and_logits_give_the_same_curvature():
     probabilities.set_weights(logits.get_weights())
     a = Objective(logits, BINARY, X, Y, weight_decay=0.1)
     b = Objective(probabilities, "binary_crossentropy", X, Y, weight_decay=0.1)
-    np.testing.assert_allclose(curvature.dense_hessian(a), curvature.dense_hessian(b), rtol=1e-9)
+    np.testing.assert_allclose(Hessian(a).dense(), Hessian(b).dense(), rtol=1e-9)
 
 
 def test_l2_regularisers_are_read_and_never_counted_twice():
@@ -153,6 +152,6 @@ def test_theta_goes_in_and_out():
 def test_batches_follow_the_memory_budget():
     whole = Objective(dense(), BINARY, X, Y)
     small = Objective(dense(), BINARY, X, Y, memory_budget=1500)
-    assert whole.batch_size == 20
-    assert 1 <= small.batch_size < 20
-    assert sum(len(weight) for *_, weight in small.batches()) == 20
+    assert whole.data.batch_size == 20
+    assert 1 <= small.data.batch_size < 20
+    assert sum(len(weight) for *_, weight in small.data.each()) == 20

@@ -6,7 +6,16 @@ from conftest import Problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import influence, retraining, solvers
+from helpers import (
+    CG,
+    Cholesky,
+    Eigh,
+    Removals,
+    predicted_loss_change,
+    s_test,
+    self_influence,
+    solve,
+)
 
 calm = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -32,9 +41,9 @@ def test_three_solvers_find_the_same(p, k, condition, damping, seed):
     a, b = matrix(p, condition, seed), np.random.default_rng(seed + 1).normal(size=(p, k))
     expected = scipy.linalg.solve(a + damping * np.eye(p), b, assume_a="pos")
     found = [
-        solvers.solve_cholesky(a, b, damping=damping),
-        solvers.solve_eigh(a, b, damping)[0],
-        solvers.conjugate_gradient(lambda v: a @ v, b, damping=damping, rtol=1e-12),
+        solve(a, b, Cholesky(damping)),
+        solve(a, b, Eigh(damping)),
+        solve(a, b, CG(damping, rtol=1e-12)),
     ]
     for solution in found:
         residual = b - (a + damping * np.eye(p)) @ solution.x
@@ -55,7 +64,7 @@ def test_cg_minds_no_dependent_columns(p, columns, seed):
     a, few = matrix(p, 100, seed), rng.normal(size=(p, 2))
     b = few @ rng.normal(size=(2, columns))
     b[:, 0] = 0
-    solution = solvers.conjugate_gradient(lambda v: a @ v, b, rtol=1e-10)
+    solution = solve(a, b, CG(rtol=1e-10))
     assert solution.converged.all()
     np.testing.assert_allclose(solution.x, np.linalg.solve(a, b), atol=1e-6)
 
@@ -73,15 +82,15 @@ def test_influence_identities_of_any_head(n, d, classes, log_decay, bias, seed):
     problem = Problem(n, 3, d, classes, use_bias=bias, weight_decay=10**log_decay, seed=seed)
     objective, x, y = problem.objective, problem.x_test, problem.y_test
     assert problem.fit.converged
-    s = influence.s_test(objective, x, y)
-    changes = influence.predicted_loss_change(objective, s)
+    s = s_test(objective, x, y)
+    changes = predicted_loss_change(objective, s)
     size = max(np.abs(changes).max(), 1e-12)
     assert np.abs(changes.sum(1)).max() <= 1e-6 * size * n  # they sum to zero at the minimum
-    twice = influence.predicted_loss_change(objective, 2 * s.x)
+    twice = predicted_loss_change(objective, 2 * s.x)
     np.testing.assert_allclose(twice, 2 * changes, rtol=1e-9, atol=1e-12 * size)
-    own = influence.self_influence(objective, problem.x, problem.y)
+    own = self_influence(objective, problem.x, problem.y)
     assert (own >= 0).all()
-    removals = retraining.Removals(objective)
+    removals = Removals(objective)
     assert (removals.leverage >= -1e-12).all()
     assert (removals.leverage < 1).all()
     refit = removals.exact(np.array([seed % n]))[:, 0]

@@ -3,8 +3,11 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 from support.stored import ROOT
 
@@ -32,12 +35,16 @@ def test_every_text_file_is_opened_with_its_encoding():
                 assert "encoding" in named, f"{path}, line {call.lineno}"
 
 
-def test_the_code_for_your_own_model_runs_as_it_stands():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len([line for line in code.splitlines() if line]) <= 16
+@pytest.mark.parametrize("name", ["helpers", "influence_functions"])
+def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
+    """In any folder, with the package that is installed, or with a copy of another name."""
+    first, then = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len([line for line in first.splitlines() if line]) <= 16
+    if name != "helpers":
+        shutil.copytree(ROOT / "helpers", tmp_path / name)
     run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
+        [sys.executable, "-c", (first + then).replace("from helpers", f"from {name}")],
+        cwd=tmp_path,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,

@@ -67,8 +67,9 @@ def test_a_run_writes_the_notebook_and_its_html(tmp_path):
 @pytest.mark.parametrize("disable", ["1", ""])
 def test_bars_are_shown_to_a_person_and_not_stored(tmp_path, monkeypatch, disable):
     monkeypatch.setenv("TQDM_DISABLE", disable)
-    lines = ["from helpers import runtime", "start('demo')", "from tqdm.auto import tqdm"]
-    start = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", *lines])
+    lines = ["from support.start import start", "start('demo')", "from tqdm.auto import tqdm"]
+    folder = str(ROOT / "notebooks")
+    start = "\n".join([f"import sys; sys.path.insert(0, {folder!r})", *lines])
     cells = [nbformat.v4.new_code_cell(s) for s in (start, "for _ in tqdm(range(2)): pass")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(notebook, kernel_name="python3").execute()

@@ -1,11 +1,15 @@
 """Solvers against dense solves, on easy, hard, indefinite and trivial systems."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers import influence, solvers
+from helpers import CG, Cholesky, Eigh, Hessian, solve
+from helpers.hessian import Matrix
+from helpers.linalg import Factor
 
 
 def spd(p, condition, seed=0):
@@ -14,16 +18,11 @@ def spd(p, condition, seed=0):
     return (q * np.geomspace(1 / condition, 1, p)) @ q.T
 
 
-def product_with(matrix, dtype="float64"):
-    a = tf.constant(matrix, dtype)
-    return lambda v: tf.matmul(a, v)
-
-
 @pytest.mark.parametrize("condition", [1, 10, 1e3, 1e6])
 @pytest.mark.parametrize("k", [1, 5, 60])  # 60 right-hand sides of 40 unknowns: none may be dropped
 def test_cg_equals_a_dense_solve(condition, k):
     a, b = spd(40, condition), np.random.default_rng(1).normal(size=(40, k))
-    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-9)
+    solution = solve(a, b, CG(rtol=1e-9))
     assert solution.converged.all()
     exact = np.linalg.solve(a, b)
     error = np.linalg.norm(solution.x - exact, axis=0) / np.linalg.norm(exact, axis=0)
@@ -32,7 +31,7 @@ def test_cg_equals_a_dense_solve(condition, k):
 
 def test_cg_agrees_with_scipy_and_tensorflow():
     a, b = spd(30, 50), np.random.default_rng(2).normal(size=30)
-    ours = solvers.conjugate_gradient(product_with(a), b, rtol=1e-12).x
+    ours = solve(a, b, CG(rtol=1e-12)).x
     scipys, info = scipy.sparse.linalg.cg(a, b, rtol=1e-12)
     operator = tf.linalg.LinearOperatorFullMatrix(
         a, is_self_adjoint=True, is_positive_definite=True
@@ -47,7 +46,7 @@ def test_cg_agrees_with_scipy_and_tensorflow():
 
 def test_residual_is_the_true_one():
     a, b = spd(40, 1e4), np.random.default_rng(3).normal(size=(40, 3))
-    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-2, damping=0.1)
+    solution = solve(a, b, CG(rtol=1e-2, damping=0.1))
     residual = np.linalg.norm(b - a @ solution.x - 0.1 * solution.x, axis=0)
     np.testing.assert_allclose(
         solution.relative_residual, residual / np.linalg.norm(b, axis=0), rtol=1e-10
@@ -57,15 +56,15 @@ def test_residual_is_the_true_one():
 def test_columns_help_each_other():
     a, b = np.diag([1.0, 2.0, 3.0, 4.0]), np.eye(4)[:, :2]
     b = np.concatenate([b, np.ones((4, 1))], axis=1)
-    assert solvers.conjugate_gradient(product_with(a), b[:, 2]).steps.tolist() == [4]
-    assert solvers.conjugate_gradient(product_with(a), b).steps.tolist() == [1, 1, 2]
+    assert solve(a, b[:, 2], CG()).steps.tolist() == [4]
+    assert solve(a, b, CG()).steps.tolist() == [1, 1, 2]
 
 
 def test_equal_zero_and_badly_scaled_columns_are_no_obstacle():
     a, rng = spd(50, 1e3), np.random.default_rng(7)
     b = rng.normal(size=(50, 6)) * np.geomspace(1e-12, 1e6, 6)
     b = np.column_stack([b, b[:, 1], np.zeros(50), b[:, 2] + b[:, 3], b[:, 0] * 3])
-    solution = solvers.conjugate_gradient(product_with(a), b, rtol=1e-10)
+    solution = solve(a, b, CG(rtol=1e-10))
     assert solution.converged.all()
     exact = np.linalg.solve(a, b)
     error = np.linalg.norm(solution.x - exact, axis=0)
@@ -75,7 +74,7 @@ def test_equal_zero_and_badly_scaled_columns_are_no_obstacle():
 def test_zero_right_hand_side_gives_zero():
     b = np.zeros((6, 2))
     b[:, 1] = 1
-    solution = solvers.conjugate_gradient(product_with(spd(6, 10)), b)
+    solution = solve(spd(6, 10), b, CG())
     assert not solution.x[:, 0].any()
     assert solution.converged.all()
     assert solution.steps[0] == 0
@@ -83,17 +82,17 @@ def test_zero_right_hand_side_gives_zero():
 
 def test_negative_curvature_stops_and_says_so():
     a = np.diag([2.0, 1.0, -0.5])
-    solution = solvers.conjugate_gradient(product_with(a), np.ones(3))
+    solution = solve(a, np.ones(3), CG())
     assert solution.negative_curvature.all()
     assert not solution.converged.any()
     assert "NEGATIVE CURVATURE" in str(solution)
     assert np.isfinite(solution.x).all()
-    healed = solvers.conjugate_gradient(product_with(a), np.ones(3), damping=0.6)
+    healed = solve(a, np.ones(3), CG(damping=0.6))
     assert healed.converged.all()
 
 
 def test_too_few_steps_are_reported():
-    solution = solvers.conjugate_gradient(product_with(spd(50, 1e6)), np.ones(50), max_steps=3)
+    solution = solve(spd(50, 1e6), np.ones(50), CG(max_steps=3))
     assert not solution.converged.any()
     assert "NOT CONVERGED" in str(solution)
 
@@ -102,9 +101,9 @@ def test_float32_products_reach_float64_residuals_by_restarts():
     """The recursive residual of float32 products drifts; the certificate must not."""
     a, b = spd(60, 1e4), np.random.default_rng(4).normal(size=(60, 2))
     a32 = a.astype(np.float32)
-    solution = solvers.conjugate_gradient(
-        product_with(a32, "float32"), b, rtol=1e-5, dtype="float32"
-    )
+    operator = Matrix(a32)
+    operator.precision, operator.product = "float32", lambda: partial(tf.matmul, tf.constant(a32))
+    solution = solve(operator, b, CG(rtol=1e-5))
     fresh = (a32 @ solution.x.astype(np.float32)).astype(float)
     residual = np.linalg.norm(b - fresh, axis=0) / np.linalg.norm(b, axis=0)
     np.testing.assert_allclose(solution.relative_residual, residual, rtol=0.5)
@@ -114,10 +113,8 @@ def test_float32_products_reach_float64_residuals_by_restarts():
 def test_a_preconditioner_saves_steps():
     a, b = spd(80, 1e5), np.random.default_rng(5).normal(size=(80, 2))
     near = np.linalg.inv(a + 1e-4 * spd(80, 10, seed=9))
-    plain = solvers.conjugate_gradient(product_with(a), b, rtol=1e-8)
-    helped = solvers.conjugate_gradient(
-        product_with(a), b, rtol=1e-8, precondition=lambda r: tf.matmul(tf.constant(near), r)
-    )
+    plain = solve(a, b, CG(rtol=1e-8))
+    helped = solve(a, b, CG(rtol=1e-8, precondition=lambda r: tf.matmul(tf.constant(near), r)))
     assert helped.converged.all()
     assert helped.steps.max() < plain.steps.max() / 2
     np.testing.assert_allclose(helped.x, np.linalg.solve(a, b), rtol=1e-3, atol=1e-2)
@@ -125,7 +122,7 @@ def test_a_preconditioner_saves_steps():
 
 def test_cg_brackets_the_spectrum_from_inside():
     a = spd(40, 1e3)
-    solution = solvers.conjugate_gradient(product_with(a), np.ones((40, 1)), rtol=1e-12)
+    solution = solve(a, np.ones((40, 1)), CG(rtol=1e-12))
     values = np.linalg.eigvalsh(a)
     assert values[0] * (1 - 1e-9) <= solution.lambda_min <= values[0] * 1.5
     assert values[-1] * 0.9 <= solution.lambda_max <= values[-1] * (1 + 1e-9)
@@ -133,47 +130,45 @@ def test_cg_brackets_the_spectrum_from_inside():
 
 def test_cholesky_and_eigh_share_the_damping_convention():
     a, b = spd(20, 100), np.random.default_rng(6).normal(size=(20, 3))
-    for damping, solution in zip((0.0, 0.5), solvers.solve_eigh(a, b, (0.0, 0.5)), strict=True):
+    for damping in (0.0, 0.5):
         expected = np.linalg.solve(a + damping * np.eye(20), b)
-        np.testing.assert_allclose(solution.x, expected, rtol=1e-9, atol=1e-10)
-        np.testing.assert_allclose(
-            solvers.solve_cholesky(a, b, damping=damping).x, expected, rtol=1e-9, atol=1e-10
-        )
+        for solver in (Cholesky(damping), Eigh(damping)):
+            np.testing.assert_allclose(solve(a, b, solver).x, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_cholesky_refuses_an_indefinite_matrix_in_words():
     with pytest.raises(np.linalg.LinAlgError, match="add damping"):
-        solvers.solve_cholesky(np.diag([1.0, -1.0]), np.ones(2))
+        solve(np.diag([1.0, -1.0]), np.ones(2), Cholesky())
 
 
-@pytest.mark.parametrize(
-    ("options", "word"), [({"solver": "lu"}, "not known"), ({"damping": -1.0}, "negative")]
-)
-def test_bad_options_are_refused(binary, options, word):
-    with pytest.raises(ValueError, match=word):
-        influence.ihvp(binary.objective, np.ones(binary.objective.p), **options)
+def test_bad_options_are_refused(binary):
+    b = np.ones(binary.objective.p)
+    with pytest.raises(ValueError, match="negative"):
+        solve(binary.objective, b, damping=-1.0)
+    with pytest.raises(TypeError, match="solver object"):
+        solve(binary.objective, b, "cg")
 
 
 @pytest.mark.parametrize(("b", "word"), [(np.ones(3), "parameters"), (np.full(12, np.nan), "NaN")])
 def test_bad_right_hand_sides_are_refused(binary, b, word):
     with pytest.raises(ValueError, match=word):
-        influence.ihvp(binary.objective, b)
+        solve(Hessian(binary.objective), b)
 
 
 def test_a_zero_eigenvalue_gives_no_nan():
-    solution = solvers.solve_eigh(np.diag([0.0, 1.0]), np.array([0.0, 1.0]), 0.0)[0]
+    solution = solve(np.diag([0.0, 1.0]), np.array([0.0, 1.0]), Eigh())
     np.testing.assert_array_equal(solution.x, [0.0, 1.0])
     assert solution.negative_curvature.all()
 
 
 def test_products_that_are_not_numbers_are_named():
     with pytest.raises(FloatingPointError, match="NaN"):
-        solvers.conjugate_gradient(lambda v: v * np.nan, np.ones(3))
+        solve(np.full((3, 3), np.nan), np.ones(3), CG())
 
 
 def test_no_right_hand_side_is_refused():
     with pytest.raises(ValueError, match="no right-hand side"):
-        solvers.solve_cholesky(np.eye(2), np.ones((2, 0)))
+        solve(np.eye(2), np.ones((2, 0)), Cholesky())
 
 
 def test_a_factor_multiplies_and_divides():
@@ -181,7 +176,7 @@ def test_a_factor_multiplies_and_divides():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(6, 6)), rng.normal(size=(6, 3))
     a = a @ a.T + np.eye(6)
-    factor = solvers.Cholesky(a)
+    factor = Factor(a)
     np.testing.assert_allclose(factor.product(factor.transposed_product(b)), a @ b, atol=1e-12)
     np.testing.assert_allclose(factor.product(factor.whiten(b)), b, atol=1e-12)
     np.testing.assert_allclose(factor.transposed_product(factor.unwhiten(b)), b, atol=1e-12)

@@ -6,8 +6,15 @@ import pytest
 import tensorflow as tf
 from conftest import BINARY, SOFTMAX
 
-from helpers import curvature, influence, retraining
-from helpers.objective import Objective
+from helpers import (
+    Hessian,
+    Objective,
+    Removals,
+    fit_head,
+    most_influential,
+    predicted_loss_change,
+    s_test,
+)
 from support import models
 
 
@@ -35,7 +42,7 @@ def pair(request, tmp_path):
     """The same fitted objective in memory and on disk, and its test points."""
     x, y, x_test, y_test, weight = data(200, classes=request.param)
     both = [bind(a, y, weight, request.param) for a in (x, on_disk(tmp_path, x))]
-    fits = [retraining.fit_head(objective) for objective in both]
+    fits = [fit_head(objective) for objective in both]
     assert all(fit.converged for fit in fits)
     assert fits[0].steps == fits[1].steps
     assert [type(o.head).__name__ for o in both] == ["Head", "StreamedHead"]
@@ -47,27 +54,27 @@ def test_fit_hessian_and_influence_equal_those_in_memory(pair, tmp_path):
     np.testing.assert_allclose(streamed.theta, dense.theta, atol=1e-10)
     streamed.theta = dense.theta
     v = np.random.default_rng(1).normal(size=dense.p)
-    h = curvature.dense_hessian(dense)
-    np.testing.assert_allclose(curvature.dense_hessian(streamed), h, atol=1e-14)
+    h = Hessian(dense).dense()
+    np.testing.assert_allclose(Hessian(streamed).dense(), h, atol=1e-14)
     np.testing.assert_allclose(streamed.head.product(streamed.theta)(v), h @ v, atol=1e-13)
     assert abs(streamed.head.loss(dense.theta) - dense.training_loss()) <= 1e-14
-    s, s_streamed = (influence.s_test(o, x_test, y_test) for o in (dense, streamed))
+    s, s_streamed = (s_test(o, x_test, y_test) for o in (dense, streamed))
     np.testing.assert_allclose(s_streamed.x, s.x, atol=1e-10)
-    expected = influence.predicted_loss_change(dense, s)
-    found = influence.predicted_loss_change(streamed, s_streamed)
+    expected = predicted_loss_change(dense, s)
+    found = predicted_loss_change(streamed, s_streamed)
     np.testing.assert_allclose(found, expected, atol=1e-10)
     out = np.lib.format.open_memmap(tmp_path / "changes.npy", "w+", float, expected.shape)
-    influence.predicted_loss_change(streamed, s_streamed, out=out).flush()
+    predicted_loss_change(streamed, s_streamed, out=out).flush()
     np.testing.assert_array_equal(np.load(tmp_path / "changes.npy"), found)
 
 
 @pytest.mark.parametrize("k", [1, 50, 200])
 def test_the_strongest_are_those_of_the_whole_matrix(pair, k):
     _, streamed, x_test, y_test = pair
-    s = influence.s_test(streamed, x_test, y_test)
-    changes = influence.predicted_loss_change(streamed, s)
+    s = s_test(streamed, x_test, y_test)
+    changes = predicted_loss_change(streamed, s)
     order = np.argsort(changes, axis=1)
-    found = influence.most_influential(streamed, s, k)
+    found = most_influential(streamed, s, k)
     np.testing.assert_array_equal(found.harmful, order[:, :k])
     np.testing.assert_array_equal(found.helpful, order[:, ::-1][:, :k])
     for ids, values in ((found.harmful, found.harmful_change), found[:2]):
@@ -79,8 +86,8 @@ def test_of_equal_changes_the_earlier_point_comes_first(tmp_path):
     rng = np.random.default_rng(0)
     x, y = np.tile(rng.integers(-9, 9, (20, 5)) * 1.0, (10, 1)), np.tile(rng.integers(0, 2, 20), 10)
     objective, s = bind(on_disk(tmp_path, x), y, None), rng.integers(-9, 9, (6, 3))
-    changes = influence.predicted_loss_change(objective, s)
-    found = influence.most_influential(objective, s, 25)
+    changes = predicted_loss_change(objective, s)
+    found = most_influential(objective, s, 25)
     for ids, sign in ((found.helpful, -1), (found.harmful, 1)):
         expected = [np.lexsort((np.arange(200), row)) for row in sign * changes]
         np.testing.assert_array_equal(ids, np.array(expected)[:, :25])
@@ -92,36 +99,36 @@ def test_arrays_in_chunks_and_other_models_are_streamed_too(tmp_path, network):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", data=x, chunks=(16, 5))
         chunked, dense = bind(file["x"], y, weight), bind(x, y, weight)
-        assert not chunked.in_memory
-        s = influence.s_test(dense, x_test, y_test)
-        expected = influence.predicted_loss_change(dense, s)
-        found = influence.predicted_loss_change(chunked, s)
+        assert not chunked.data.in_memory
+        s = s_test(dense, x_test, y_test)
+        expected = predicted_loss_change(dense, s)
+        found = predicted_loss_change(chunked, s)
         np.testing.assert_allclose(found, expected, atol=1e-12)
     objective, x, y = network
     stored = Objective(
         objective.model, SOFTMAX, on_disk(tmp_path, x), y, weight_decay=0.05, batch_size=7
     )
     v = np.random.default_rng(0).normal(size=(objective.p, 2)) / 10
-    changes = influence.predicted_loss_change(objective, v)
-    found = influence.most_influential(stored, v, 61)
+    changes = predicted_loss_change(objective, v)
+    found = most_influential(stored, v, 61)
     np.testing.assert_allclose(found.harmful_change, np.sort(changes, axis=1), atol=1e-6)
 
 
 def test_what_can_not_be_streamed_is_refused_in_words(tmp_path):
     x, y, x_test, y_test, weight = data(200)
     objective = bind(on_disk(tmp_path, x), y, weight)
-    s = influence.s_test(objective, x_test, y_test)
+    s = s_test(objective, x_test, y_test)
     for k in (0, 201):
         with pytest.raises(ValueError, match=f"from 1 to n = 200, got {k}"):
-            influence.most_influential(objective, s, k)
+            most_influential(objective, s, k)
     with pytest.raises(ValueError, match=r"shape \(4,\), the objective 6 parameters"):
-        influence.most_influential(objective, np.ones(4), 1)
+        most_influential(objective, np.ones(4), 1)
     with pytest.raises(ValueError, match=r"out has shape \(3, 7\), the influences \(3, 200\)"):
-        influence.predicted_loss_change(objective, s, out=np.empty((3, 7)))
+        predicted_loss_change(objective, s, out=np.empty((3, 7)))
     with pytest.raises(ValueError, match=r"all features in memory, 0\.0 GB, and the objective's"):
-        retraining.Removals(objective)
+        Removals(objective)
     with pytest.raises(ValueError, match="weight_decay > 0"):
-        retraining.fit_head(bind(on_disk(tmp_path, x), y, None, weight_decay=0.0))
+        fit_head(bind(on_disk(tmp_path, x), y, None, weight_decay=0.0))
     batches = tf.data.Dataset.from_tensor_slices((x, 2 * y - 1)).batch(64)
     for wrong in ((on_disk(tmp_path, x), 2 * y - 1), (batches, None)):
         with pytest.raises(ValueError, match="Labels go from -1 to 1"):
@@ -129,6 +136,6 @@ def test_what_can_not_be_streamed_is_refused_in_words(tmp_path):
     x[150, 2] = np.nan
     objective = bind(on_disk(tmp_path, x), y, weight)
     with pytest.raises(ValueError, match="Examples 148 to 184, or their features, hold NaN"):
-        retraining.fit_head(objective)
+        fit_head(objective)
     with pytest.raises(ValueError, match="Examples 148 to 184, or their features, hold NaN"):
-        influence.predicted_loss_change(objective, s)
+        predicted_loss_change(objective, s)

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from helpers import curvature
-from helpers.objective import Objective
+from helpers import Hessian, Objective
+from helpers.gradients import agrees
 
 keras.config.set_dtype_policy("float32")
 keras.utils.set_random_seed(5)
@@ -32,7 +32,8 @@ x, y = rng.normal(size=(200, 8, 8, 1)), rng.integers(0, 3, 200)
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 objective = Objective(model, loss, x, y, weight_decay=0.01)
 v = tf.constant(rng.normal(size=(objective.p, 1)), "float32")
-plain = curvature._hvp(objective, v).numpy()
-under_xla = tf.function(curvature.hessian_operator(objective), jit_compile=True)(v).numpy()
+H = Hessian(objective)
+plain = (H @ v.numpy()).astype("float32")
+under_xla = tf.function(H.product(), jit_compile=True)(v).numpy()
 error = np.linalg.norm(under_xla - plain) / np.linalg.norm(plain)
-print(f"{error:.2e} {curvature.agrees(under_xla, plain)}")
+print(f"{error:.2e} {agrees(under_xla, plain)}")

@@ -13,180 +13,179 @@ A *target* is an array of test pictures to flip together, mostly one; its *carri
 training pictures that are altered, an array of their numbers; k targets have k arrays of carriers.
 """
 
-from functools import partial
+import copy
+import json
+from itertools import chain
 from typing import NamedTuple
 
 import cv2
 import keras
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import euclidean_distances
 from tqdm.auto import tqdm
 
-from helpers import influence, retraining
-from helpers.objective import Objective
 from studies.many_fits import Replacements
-from support import backbone as demo
-from support import datasets, features, vehicles
-from support.evaluation import time_ratio
-from support.stored import keep_nothing
+from support import claims, datasets, features, stored, vehicles
 
-KINDS = ("as altered", "saved in 8 bits", "JPEG 90")
+SUBSETS = {"1st": slice(1), "2nd": slice(1, 2), **{str(k): slice(k) for k in (2, 3, 5, 10)}}
+
+
+class Altered(NamedTuple):
+    """What k attacks reached: lists of altered pictures, true logits of the targets, and steps."""
+
+    pictures: list
+    logits: list
+    steps: np.ndarray
 
 
 class Attacks:
     """Attacks on the test pictures of a fitted logistic head on frozen features.
 
-    objective : the head's, at its minimum. backbone : what made its features, 0..255 -> (b, d).
-    images : training pictures (n, h, w, 3), whole levels 0..255. x_test, y_test : (m, d), (m,).
-    batch : pictures that go through the backbone together; as many as memory allows.
-    keep : what `stored.checkpoint(folder)` returned: finished batches are kept there and an
-    interrupted run goes on where it was. margin : (m,), logit of the true class at the clean head.
+    data : Vehicles. objective : the head's, at its minimum. backbone : what made the features,
+    0..255 -> (b, d). images : training pictures (n, h, w, 3), whole levels 0..255. batch : pictures
+    that go through the backbone together. margin : (m,), logit of the true class at the clean head.
     """
 
-    def __init__(self, objective, backbone, images, x_test, y_test, *, batch=32, keep=keep_nothing):
-        self.objective, self.backbone, self.images = objective, backbone, images
-        self.x_test, self.y_test, self.batch = x_test, np.asarray(y_test, float), batch
-        self.refits, self.theta, self.keep = Replacements(objective), objective.theta, keep
+    def __init__(self, data, objective, backbone, images, *, batch=20):
+        self.data, self.objective, self.backbone, self.images = data, objective, backbone, images
+        self.batch, self.theta, self.refits = batch, objective.theta, Replacements(objective)
         self.phi, self.y = objective.head.phi, objective.head.y.ravel().astype(float)
-        if self.phi.shape[1] != x_test.shape[1] or set(np.unique(self.y)) - {0, 1}:
+        if self.phi.shape[1] != data.x_test.shape[1] or set(np.unique(self.y)) - {0, 1}:
             raise ValueError("Attacks need a head without a bias, and the labels 0 and 1.")
-        self.margin = self.true_logits(self.theta, np.arange(len(x_test)))
+        self.margin = self.true_logits(self.theta, np.arange(len(data.x_test)))
+        self.passes = 0  # pictures that went through the backbone and back
 
     @tf.function(reduce_retracing=True, autograph=False)
     def _features(self, x):
         return self.backbone.model(self.backbone.preprocess(x), training=False)
 
     def see(self, x):
-        """Return the features (b, d) of pictures 0..255, and pull(c) -> J' c of each, like x.
-
-        The pull takes what the forward pass has kept: both cost one pass forward and one back.
-        """
+        """Return the features (b, d) of pictures 0..255, and pull(c) -> J' c of each, like x."""
         x = tf.convert_to_tensor(np.asarray(x, self.backbone.model.compute_dtype))
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
-            features = self._features(x)
+            phi = self._features(x)
+        self.passes += len(x)
 
         def pull(c):
-            return tape.gradient(features, x, tf.cast(c, features.dtype)).numpy()
+            return tape.gradient(phi, x, tf.cast(c, phi.dtype)).numpy()
 
-        return features.numpy().astype(float), pull
+        return phi.numpy().astype(float), pull
 
-    def features(self, x):
+    def features(self, pictures):
         """Return the features (b, d) of any number of pictures 0..255."""
-        dtype, parts = self.backbone.model.compute_dtype, range(0, len(x), self.batch)
-        return np.concatenate(
-            [self._features(np.asarray(x[k : k + self.batch], dtype)).numpy() for k in parts]
-        ).astype(float)
+        dtype, parts = self.backbone.model.compute_dtype, range(0, len(pictures), self.batch)
+        parts = [np.asarray(pictures[k : k + self.batch], dtype) for k in parts]
+        return np.concatenate([self._features(x).numpy() for x in parts]).astype(float)
 
     def true_logits(self, theta, tests):
-        """Return the logit of the true class of test pictures (m,), or (m, k) for heads (p, k)."""
-        sign = 2 * self.y_test[tests] - 1
-        return ((self.x_test[tests] @ theta).T * sign).T
-
-    def certainty(self):
-        """Return p(label) of every training picture at the clean head, (n,)."""
-        return expit((2 * self.y - 1) * (self.phi @ self.theta))
+        """Return the logit of the true class of test pictures, (len(tests),)."""
+        return (2 * self.data.y_test[tests] - 1) * (self.data.x_test[tests] @ theta)
 
     def directions(self, targets, theta=None, solve=None):
         """Return s = H^-1 mean grad loss over each target's test pictures, (p, k).
 
-        At the clean head, or at refits with their own `solve`.
+        At the clean head, or at refits with their own `solve`. Each column is scaled to a gradient
+        of length 1, because the loss of a sure test picture is tiny and only signs are used.
         """
         theta = np.repeat(self.theta[:, None], len(targets), 1) if theta is None else theta
         gradient = np.empty_like(theta)
         for j, tests in enumerate(targets):
-            push = (1 - 2 * self.y_test[tests]) * expit(-self.true_logits(theta[:, j], tests))
-            gradient[:, j] = push @ self.x_test[tests] / len(tests)
+            push = expit(-self.true_logits(theta[:, j], tests)) * (1 - 2 * self.data.y_test[tests])
+            gradient[:, j] = push @ self.data.x_test[tests]
+        gradient /= np.linalg.norm(gradient, axis=0)
         return self.refits.basis.factor.solve(gradient) if solve is None else solve(gradient, 1e-3)
 
-    def cotangent_norms(self, s):
-        """Return ||c|| of every training picture for s (p, k) at the clean head, (n, k)."""
-        p = expit(self.phi @ self.theta)[:, None]
-        r, along = p - self.y[:, None], p * (1 - p) * (self.phi @ s)
-        square = r**2 * (s**2).sum(0) + along**2 * (self.theta @ self.theta)
-        return np.sqrt(np.maximum(square + 2 * r * along * (self.theta @ s), 0))
+    def shortlist(self, target, size):
+        """Return the training pictures with the largest ||c||, and the L1 norms of their J' c.
 
-    def scores(self, s, rows):
-        """Return the L1 norm of J' c of training pictures for one s (p,) at the clean head, (b,).
-
-        The paper's criterion for which training pictures to alter.
+        The paper's criterion, largest first, both (size,); its gradient in the features alone,
+        which costs nothing, decides which pictures are looked at.
         """
-        scores = []
+        s = self.directions([target])[:, 0]
+        rows = np.argsort(-np.linalg.norm(cotangent(s, self.phi, self.y, self.theta), axis=1))
+        rows, scores = rows[:size], []
         for part in np.split(rows, range(self.batch, len(rows), self.batch)):
             phi, pull = self.see(self.images[part])
-            c = cotangent(s, phi, self.y[part], self.theta)
-            scores.append(np.abs(pull(c)).sum((1, 2, 3)))
-        return np.concatenate(scores)
+            scores.append(np.abs(pull(cotangent(s, phi, self.y[part], self.theta))).sum((1, 2, 3)))
+        order = np.argsort(-np.concatenate(scores), kind="stable")
+        return rows[order], np.concatenate(scores)[order]
 
-    def attack(self, targets, carriers, *, start=None, box=0.5, step=0.25, steps=4, stop=0.5):
-        """Return the altered training pictures of each attack, (carriers, h, w, 3).
+    def attack(self, targets, carriers, *, start=None, box=0.5, lengths=(0.02,) * 100, stop=True):
+        """Return the Altered of k attacks: each at the step where its mean test loss was largest.
 
         Attack j alters the training pictures carriers[j] within `box` levels of the original and
-        within 0..255, by `steps` sign steps, until p(true class) is below `stop` for every test
-        picture of targets[j]; with stop = 0 it takes all steps. The head is refitted after every
-        step. Carriers of different attacks go through the backbone together, as many as make a
-        batch. start : altered pictures to begin at, as returned.
+        within 0..255 by sign steps of `lengths` levels, and refits the head after each. It stops
+        when every test picture of targets[j] is misnamed; without `stop` it takes all steps. The
+        attacks share the passes through the backbone. start : pictures to begin at, one (c, h, w,
+        3) an attack, by default the untouched ones.
         """
         start = [self.images[rows] for rows in carriers] if start is None else start
-        options = box, step, steps, stop
-        # rounded: the last digits of a fit may differ from run to run
-        settings, done = [np.float32(self.theta), np.float32(self.x_test), *options], []
-        for part in tqdm(self._batches(carriers), desc="attacks", unit="batch", leave=False):
-            pieces = [targets[j] for j in part], [carriers[j] for j in part]
-            begin = np.concatenate([start[j] for j in part])
-            numbers = [*settings, begin, *_joined(pieces[0]), *_joined(pieces[1])]
-            found = self.keep(numbers, lambda a=(*pieces, begin): self._attack(*a, *options))
-            done += np.split(found, np.cumsum([len(rows) for rows in pieces[1]])[:-1])
-        return done
-
-    def _batches(self, carriers):
-        """Return lists of attacks whose carriers fill a batch."""
-        batches, room = [], 0
+        pieces, room = [], 0
         for j, rows in enumerate(carriers):
             if room < len(rows):
-                batches.append([])
+                pieces.append([])
                 room = max(self.batch, len(rows))
-            batches[-1].append(j)
+            pieces[-1].append(j)
             room -= len(rows)
-        return batches
+        parts = []
+        for piece in pieces:
+            chosen = ([values[j] for j in piece] for values in (targets, carriers, start))
+            parts.append(self._attack(*chosen, box, lengths, stop))
+        pictures, logits, steps = zip(*parts, strict=True)
+        return Altered([*chain(*pictures)], [*chain(*logits)], np.concatenate(steps))
 
-    def _attack(self, targets, carriers, x, box, step, steps, stop):
-        rows, owner = _joined(carriers)
+    def _attack(self, targets, carriers, start, box, lengths, stop):
+        rows, owner, k = *joined(carriers), len(targets)
         original = self.images[rows].astype(self.backbone.model.compute_dtype)
         low, high = np.maximum(original - box, 0), np.minimum(original + box, 255)
-        x, theta = x.astype(original.dtype), np.repeat(self.theta[:, None], len(targets), 1)
-        live = np.arange(len(targets))
-        for taken in range(steps + 1):
+        x = np.concatenate(start).astype(original.dtype)
+        theta, kept, live = np.repeat(self.theta[:, None], k, 1), x.copy(), np.arange(k)
+        kept_phi, worst, steps = (
+            np.empty((len(x), len(theta))),
+            np.full(k, -np.inf),
+            np.zeros(k, int),
+        )
+        for length in (*lengths, None):
             at = np.isin(owner, live)
             phi, pull = self.see(x[at])
             mine, y = np.searchsorted(live, owner[at]), self.y[rows[at]]
-            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-6)
+            fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-7)
             theta[:, live] = fits.theta
-            chances = [expit(self.true_logits(theta[:, j], targets[j])) for j in live]
-            goes_on = np.array([(p >= stop).any() for p in chances])
-            if taken == steps or not goes_on.any():
-                return x
+            z = [self.true_logits(theta[:, j], targets[j]) for j in live]
+            losses = np.array([np.logaddexp(0, -own).sum() for own in z])
+            better = losses > worst[live]
+            worst[live[better]], own = losses[better], better[mine]
+            kept[np.flatnonzero(at)[own]], kept_phi[np.flatnonzero(at)[own]] = x[at][own], phi[own]
+            goes_on = np.array([not stop or (own >= 0).any() for own in z])
+            if length is None or not goes_on.any():
+                break
             s = self.directions([targets[j] for j in live], fits.theta, solve)
             c = cotangent(s[:, mine].T, phi, y, fits.theta[:, mine].T)
             c[~goes_on[mine]] = 0
-            x[at] = np.clip(x[at] - step * np.sign(pull(c)), low[at], high[at])
+            x[at] = np.clip(x[at] - length * np.sign(pull(c)), low[at], high[at])
             live = live[goes_on]
+            steps[live] += 1
+        fits, _ = self.refits.fit(rows, owner, kept_phi)
+        logits = [self.true_logits(own, t) for own, t in zip(fits.theta.T, targets, strict=True)]
+        return np.split(kept, np.flatnonzero(np.diff(owner)) + 1), logits, steps
 
-    def judge(self, targets, carriers, pictures):
-        """Return the true-class logits of each target after the refit, and the refits' Fits.
+    def against(self, pictures, label):
+        """Return the same Attacks with other test pictures, all of one label 0 or 1."""
+        x, y = self.features(pictures), np.full(len(pictures), float(label))
+        other = copy.copy(self)
+        other.data = self.data._replace(x_test=x, y_test=y)
+        other.margin = other.true_logits(self.theta, np.arange(len(x)))
+        return other
 
-        pictures : what `attack` returned, or other versions of them (rounded, compressed).
-        """
-        rows, owner = _joined(carriers)
+    def refitted(self, targets, carriers, pictures):
+        """Return the true logits of each target after the refit, and the refits' Fits."""
+        rows, owner = joined(carriers)
         fits, _ = self.refits.fit(rows, owner, self.features(np.concatenate(pictures)))
         return [self.true_logits(fits.theta[:, j], t) for j, t in enumerate(targets)], fits
-
-    def falls(self, targets, carriers, pictures):
-        """Return by how much each margin of single test pictures falls by the refit, (k,)."""
-        logits, _ = self.judge(targets, carriers, pictures)
-        return self.margin[np.concatenate(targets)] - np.concatenate(logits)
 
 
 def cotangent(s, phi, y, theta):
@@ -199,6 +198,281 @@ def cotangent(s, phi, y, theta):
     return (p - y)[:, None] * s + along[:, None] * theta
 
 
+def joined(carriers):
+    """Return all carriers in one array, and the number of the attack that each belongs to."""
+    owner = np.repeat(np.arange(len(carriers)), [len(rows) for rows in carriers])
+    return np.concatenate(carriers), owner
+
+
+def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, **options):
+    """Return the Attacks on a head that is fitted to all training pictures; its `shown` has the
+    test pictures (m, h, w, 3).
+
+    pictures : "rendered", "photos" or "ilsvrc" of `datasets.vehicles`, or "dog_fish"; n_train and
+    n_test of each class.
+    """
+    sizes, fish = {"seed": seed, "n_train": n_train, "n_test": n_test}, pictures == "dog_fish"
+    table = datasets.dog_fish(**sizes) if fish else datasets.vehicles(pictures, **sizes)
+    phi = features.extract(table, backbone, batch_size=16).astype(float)
+    data = vehicles.split(table, phi, positive="fish" if fish else "airplane")
+    images, train = datasets.pictures(table, backbone.size), (table["split"] == "train").to_numpy()
+    head = vehicles.fitted_head(data, weight_decay)
+    attacker = Attacks(data, head, backbone, images[train], **options)
+    attacker.shown = images[~train]
+    return attacker
+
+
+def backbone_of(name, weights, size, layer=""):
+    """Return a Backbone for pictures of this side; up to `layer`, averaged over space, if named."""
+    whole = features.load_backbone(name, weights=weights, size=size)
+    if not layer:
+        return whole
+    pooled = keras.layers.GlobalAveragePooling2D(dtype="float32")
+    model = keras.Model(whole.model.input, pooled(whole.model.get_layer(layer).output))
+    return whole._replace(name=f"{name} up to {layer}", model=model)
+
+
+def clean_numbers(attacker):
+    """Return what describes a bed before any attack: losses, accuracies, norms, margins."""
+    theta = attacker.theta
+    train, norm = (2 * attacker.y - 1) * (attacker.phi @ theta), np.linalg.norm(attacker.phi)
+    square = norm**2 / len(train)
+    return {
+        "training loss": np.logaddexp(0, -train).mean(),
+        "test loss": np.logaddexp(0, -attacker.margin).mean(),
+        "training accuracy": np.mean(train > 0),
+        "test accuracy": np.mean(attacker.margin > 0),
+        "|w|": np.linalg.norm(theta),
+        "feature norm": np.sqrt(square),
+        "weight decay / norm^2": attacker.objective.decay[0] / square,
+        "median margin": np.median(attacker.margin[attacker.margin > 0]),
+    }
+
+
+def draw(attacker, seed, count):
+    """Return `count` test pictures that the clean head names correctly, in a random order."""
+    order = np.random.default_rng([seed, 11]).permutation(len(attacker.margin))
+    return order[attacker.margin[order] > 0][:count]
+
+
+class Record:
+    """Finished targets, after each group of them in a JSON file: a run cut off goes on from it.
+
+    The file is runs/<profile>/11_<name>.json and begins as figures/<profile>/11_<name>.json, the
+    committed one; in `demo` there is none. about : the bed and the rule, which must be the file's.
+    """
+
+    def __init__(self, name, profile, about):
+        self.path = stored.folder("runs", profile) / f"11_{name}.json"
+        begun = self.path if self.path.exists() else claims.committed(profile) / self.path.name
+        self.content, self.kept = {"about": claims.plain(about), "targets": {}}, profile != "demo"
+        if self.kept and begun.exists():
+            about = self.content["about"]
+            self.content = json.loads(begun.read_text(encoding="utf-8"))
+            if self.content["about"] != about:
+                raise ValueError(f"{begun} holds another attack than asked for: move it away.")
+
+    def known(self, attacker, tests):
+        """Return {test picture: dict} of those finished; ValueError if it was another bed's."""
+        done = self.content["targets"]
+        for t in (t for t in tests if str(t) in done):
+            if abs(done[str(t)]["margin"] - attacker.margin[t]) > 0.05:
+                raise ValueError(f"Target {t} of {self.path} had another margin: move it away.")
+        return {t: done[str(t)] for t in tests if str(t) in done}
+
+    def fill(self, attacker, tests, compute, *, at_once=8):
+        """Add compute([tests]) -> [dict] of test pictures, so many at once."""
+        for k in tqdm(range(0, len(tests), at_once), self.path.stem, leave=False):
+            part = tests[k : k + at_once]
+            for t, found in zip(part, compute(part), strict=True):
+                one = {"margin": attacker.margin[t], **found}
+                self.content["targets"][str(t)] = claims.plain(one)
+            self.write(self.path.parent)
+
+    def write(self, folder):
+        """Write the file to a folder; nothing in `demo`."""
+        if self.kept:
+            stored.write(folder / self.path.name, json.dumps(self.content) + "\n")
+
+
+def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
+    """Return (test pictures, what `ladder` found on each) of those that a Record has or gets.
+
+    bed : dict of what the attacker was made from, kept in the file. counts : how many pictures of
+    the `draw` are attacked by one carrier, by up to five, and by up to ten, in this order; of the
+    better attacker those for ten come first. Without `go_on` only what is known is returned. The
+    file goes to runs/<profile>/figures too, from where a run is promoted.
+    """
+    tests, better = draw(attacker, seed, counts[0]), how.get("better", False)
+    about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
+    drawn = "random order of the test pictures that the clean head names correctly"
+    about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
+    record, parts = Record(name, profile, about), list(zip(counts, (2, 5, 6), strict=True))
+    for count, stop in (parts[::-1] if better else parts) if go_on else ():
+        known, names = record.known(attacker, tests), tuple(SUBSETS)[:stop]
+
+        def over(t, known=known, names=names):
+            return t in known and (flipped(known[t]) or set(names) <= set(known[t]))
+
+        def climb(some, known=known, names=names):
+            begun = [known.get(t, {}) for t in some]
+            return ladder(attacker, some, begun, subsets=names, **how)
+
+        record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
+    known = record.known(attacker, tests)
+    record.write(stored.folder("runs", profile, "figures"))
+    return np.array([*known]), [*known.values()]
+
+
+def ladder(
+    attacker,
+    tests,
+    begun=None,
+    *,
+    better=False,
+    subsets=tuple(SUBSETS),
+    size=40,
+    steps=100,
+    box=0.5,
+):
+    """Return what attacks on single test pictures (k,) reached, a dict each.
+
+    `subsets` of ten carriers in turn, until one flips the picture: {name: [margin, steps]}. As the
+    original: the carriers largest in L1 among `size` that are looked at, every subset from
+    untouched pictures, steps of 0.02 levels. better : 12 carriers ranked by the fall that five
+    steps realise (`tried`, `falls`), without those that bring less than a tenth of the best one's;
+    a subset begins where the smaller ones ended, and its steps, 0.7 times as many, shorten.
+    forecast : what each carrier would take off the margin to first order. passes : pictures that
+    went through the backbone and back. begun : dicts to which further subsets are added, {} if new.
+    """
+    targets, found, made = [np.array([t]) for t in tests], [], []
+    for t, old in zip(tests, begun or [{}] * len(tests), strict=True):
+        one, alone = first(attacker, t, better, size, box) if not old else (dict(old), {})
+        found.append(one)
+        made.append(alone)
+    falling = np.geomspace(box / 5, box / 50, round(0.7 * steps))
+    for name in subsets:
+        live = [j for j, one in enumerate(found) if not flipped(one) and name not in one]
+        tried = [np.array(found[j]["carriers"])[SUBSETS[name]] for j in live]
+        start = [
+            np.stack([made[j].get(i, attacker.images[i]) for i in own])
+            for j, own in zip(live, tried, strict=True)
+        ]
+        aims, lengths = [targets[j] for j in live], falling if better else (0.02,) * steps
+        done = attacker.attack(aims, tried, start=start, box=box, lengths=lengths) if live else []
+        for j, own, x, (z,), taken in zip(live, tried, *(done or [[]] * 3), strict=True):
+            found[j] |= {name: [z, taken], "passes": found[j]["passes"] + len(own) * (taken + 1)}
+            if better:
+                made[j].update(zip(own, x, strict=True))
+    return found
+
+
+def first(attacker, t, better, size, box):
+    """Return what `ladder` knows of a target before its subsets, and pictures made so far."""
+    rows, scores = attacker.shortlist(np.array([t]), size)
+    slope = box / len(attacker.y) * np.linalg.norm(attacker.data.x_test[t])
+    one = {"carriers": rows[:10], "forecast": slope * scores[:10], "passes": size}
+    if not better:
+        return one, {}
+    tried, lengths = rows[:12], (box / 5,) * 5
+    done = attacker.attack([np.array([t])] * len(tried), tried[:, None], box=box, lengths=lengths)
+    falls = attacker.margin[t] - np.concatenate(done.logits)
+    order = np.argsort(-falls)[: max(2, (falls > 0.1 * falls.max()).sum())]
+    one |= {"carriers": rows[order[:10]], "tried": tried, "falls": falls}
+    one["passes"] += (done.steps + 1).sum()
+    return one, {rows[j]: done.pictures[j][0] for j in order}
+
+
+def flipped(found, count=10):
+    """Return whether one of `ladder`'s dicts has flipped by at most `count` carriers."""
+    names = [name for name in SUBSETS if name in found and number(name) <= count]
+    return any(found[name][0] < 0 for name in names)
+
+
+def number(subset):
+    """Return how many carriers a subset of SUBSETS has."""
+    return 1 if subset in ("1st", "2nd") else int(subset)
+
+
+def shares(found, counts):
+    """Return {1, 2, 3, 5, 10: hits (k,)}: which of the first k targets so many carriers flipped.
+
+    found : of `ladders`, in the order of the draw; counts : as there. Where a run was cut off only
+    whole groups of eight count: where it stopped must not depend on what flipped.
+    """
+    hits = {}
+    for count, limit in zip(
+        (1, 2, 3, 5, 10), (counts[0], *[counts[1]] * 3, counts[2]), strict=True
+    ):
+        last = "2nd" if count == 1 else str(count)
+        over = [flipped(one) or last in one for one in found[:limit]] + [False]
+        k = over.index(False)
+        k = k if k == limit else k - k % 8
+        hits[count] = np.array([flipped(one, count) for one in found[:k]], bool)
+    return hits
+
+
+def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go_on=True):
+    """Return the one dict of an attack on test pictures all at once, by one carrier; or None.
+
+    The carrier is the training picture with the largest L1 norm that is not in `without`; all steps
+    of 0.005 levels are taken. before, after : margins. moved : length of the carrier's way in
+    feature space, over the mean distance of its class to its centroid.
+    """
+    about = {"bed": bed, "tests": tests, "steps": steps, "without": without}
+    record, key = Record(name, profile, about), [tests[0]]
+
+    def attack(_):
+        rows = attacker.shortlist(tests, size)[0]
+        rows = rows[~np.isin(attacker.data.train["id"].iloc[rows], without)][:1]
+        done = attacker.attack([tests], [rows], lengths=(0.005,) * steps, stop=False)
+        own = attacker.phi[attacker.y == attacker.y[rows[0]]]
+        away = np.linalg.norm(attacker.features(done.pictures[0])[0] - attacker.phi[rows[0]])
+        radius = np.linalg.norm(own - own.mean(0), axis=1).mean()
+        found = {"carrier": rows[0], "moved": away / radius}
+        return [found | {"before": attacker.margin[tests], "after": done.logits[0]}]
+
+    if go_on and not record.known(attacker, key):
+        record.fill(attacker, key, attack)
+    record.write(stored.folder("runs", profile, "figures"))
+    return record.known(attacker, key).get(tests[0])
+
+
+def alike(attacker, label, k):
+    """Return the k test pictures of a class, named correctly, that lie closest together."""
+    rows = np.flatnonzero((attacker.data.y_test == label) & (attacker.margin > 0))
+    away = euclidean_distances(attacker.data.x_test[rows])
+    centre = np.sort(away, axis=1)[:, k - 1].argmin()
+    return rows[np.argsort(away[centre])[:k]]
+
+
+def versions(picture, count, seed):
+    """Return crops and exposures of a picture, (count, h, w, 3) whole levels."""
+    rng, side, made = np.random.default_rng([seed, 13]), len(picture), []
+    for _ in range(count):
+        wide = int(side * rng.uniform(0.8, 1))
+        top, left = rng.integers(0, side - wide + 1, 2)
+        crop = datasets.resize(picture[top : top + wide, left : left + wide], side)
+        crop = crop[:, :: rng.choice([-1, 1])] * rng.uniform(0.7, 1.3)
+        made.append(np.uint8(np.clip(np.rint(crop), 0, 255)))
+    return np.stack(made)
+
+
+def by_one(found):
+    """Return margin, fall, forecast and whether it flipped, by the better of two carriers."""
+    rows = [
+        (
+            one["margin"],
+            min(one[name][0] for name in ("1st", "2nd") if name in one),
+            one["forecast"][0],
+        )
+        for one in found
+    ]
+    table = pd.DataFrame(rows, columns=["margin", "fall", "forecast"])
+    table["flipped"], table["fall"] = table["fall"] < 0, table["margin"] - table["fall"]
+    return table
+
+
 def saved(picture, original):
     """Return a picture in whole levels; what lies half-way between two keeps the original's.
 
@@ -208,257 +482,10 @@ def saved(picture, original):
     return original + np.sign(change) * np.ceil(np.abs(change) - 0.5 - 1e-6)
 
 
-def _joined(carriers):
-    owner = np.repeat(np.arange(len(carriers)), [len(rows) for rows in carriers])
-    return np.concatenate(carriers), owner
-
-
-def load(dataset, profile, backbone, weight_decay, *, seed=0, **options):
-    """Return (Vehicles, test pictures (m, h, w, 3), Attacks) of a data set.
-
-    "vehicles" are those of notebooks 00 and 01, "dog_fish" photographs in the data root. The head
-    is fitted to all training pictures. options : batch and keep of Attacks.
-    """
-    if dataset == "vehicles":
-        table, data = vehicles.manifest(profile), vehicles.load(profile)
-    else:
-        table = datasets.dog_fish(seed=seed)
-        phi = features.extract(table, backbone).astype(float)
-        data = vehicles.split(table, phi, positive="fish")
-    pictures = datasets.pictures(table, backbone.size)
-    train = (table["split"] == "train").to_numpy()
-    images, head = np.ascontiguousarray(pictures[train]), vehicles.fitted_head(data, weight_decay)
-    attacker = Attacks(head, backbone, images, data.x_test, data.y_test, **options)
-    return data, pictures[~train], attacker
-
-
-def whole_model(attacker):
-    """Return a Keras model from pixels 0..255 to the logit: preprocessing, backbone and head."""
-    pixels, backbone = keras.Input(attacker.images.shape[1:]), attacker.backbone
-    dense = keras.layers.Dense(1, use_bias=False)
-    model = keras.Model(pixels, dense(backbone.model(backbone.preprocess(pixels))))
-    dense.kernel.assign(attacker.theta[:, None])
-    return model
-
-
-def check_pixels(attacker, tests, test_images):
-    """Assert that pixels give what cached features give, up to the rounding of the backbone.
-
-    The whole model's probabilities of test pictures, and the features of training pictures.
-    """
-    atol = 1e-3 if attacker.backbone.model.compute_dtype == "float32" else 1e-6
-    logits = whole_model(attacker).predict(test_images.astype(float), verbose=0)[:, 0]
-    known = expit(attacker.x_test[tests] @ attacker.theta)
-    np.testing.assert_allclose(expit(logits), known, rtol=0, atol=atol)
-    shown = attacker.features(attacker.images[:16])
-    np.testing.assert_allclose(shown, attacker.phi[:16], rtol=0, atol=10 * atol)
-
-
-def choose(attacker, targets, shortlist):
-    """Return carriers for k targets, best first: (rows, their L1 norms of J' c), (k, shortlist).
-
-    Only the training pictures with the largest ||c|| are looked at.
-    """
-    s = attacker.directions(targets)
-    short = np.argsort(-attacker.cotangent_norms(s), axis=0, kind="stable")[:shortlist].T
-    scores = np.empty(short.shape)
-    for j, (target, rows) in enumerate(zip(targets, short, strict=True)):
-        numbers, own = [np.float32(attacker.theta), target, rows], (s[:, j], rows)
-        scores[j] = attacker.keep(numbers, lambda own=own: attacker.scores(*own))
-    order = np.argsort(-scores, axis=1, kind="stable")
-    return tuple(np.take_along_axis(values, order, 1) for values in (short, scores))
-
-
-class Ladder(NamedTuple):
-    """Single test pictures attacked by more and more carriers, until each flips.
-
-    needed : (k,), how many flipped it, 0 where none did. left : (k,), its smallest margin.
-    carriers, pictures : the training pictures that left it, and what they became.
-    gradient_norm : the largest of the last refits'.
-    """
-
-    needed: np.ndarray
-    left: np.ndarray
-    carriers: list
-    pictures: list
-    gradient_norm: float
-
-
-def one_by_one(attacker, targets, rows, counts, **settings):
-    """Return the Ladder of single test pictures, rows[j] their carriers, best first.
-
-    The best carrier alone, the second alone, then as many together as `counts` says. A stage
-    begins where the stages before left its pictures. settings : box, step, steps of an attack.
-    """
-    needed, left = np.zeros(len(targets), int), attacker.margin[np.concatenate(targets)]
-    carriers, made, norm = [own[:1] for own in rows], [{} for _ in targets], 0.0
-    pictures = [attacker.images[own] for own in carriers]
-    for part in (slice(1), slice(1, 2), *map(slice, counts[1:])):
-        live = np.flatnonzero(needed == 0)
-        if not len(live):
-            break
-        aims, tried = [targets[j] for j in live], [rows[j][part] for j in live]
-        start = [
-            np.stack([made[j].get(i, attacker.images[i]) for i in own])
-            for j, own in zip(live, tried, strict=True)
-        ]
-        altered = attacker.attack(aims, tried, start=start, **settings)
-        logits, fits = attacker.judge(aims, tried, altered)
-        norm = max(norm, fits.gradient_norm.max())
-        for j, own, x, (z,) in zip(live, tried, altered, logits, strict=True):
-            made[j].update(zip(own, x, strict=True))
-            if z < left[j]:
-                carriers[j], pictures[j], left[j] = own, x, z
-                needed[j] = len(own) * (z < 0)
-    return Ladder(needed, left, carriers, pictures, norm)
-
-
-def reach(attacker, targets, scores, box):
-    """Return how far the first 1, 2, ... 10 carriers lower each margin to first order, (k, 10).
-
-    No head is refitted: a carrier lowers the loss by box * L1 / n, the margin by that / (1 - p).
-    """
-    doubt = expit(-attacker.margin[np.concatenate(targets)])[:, None]
-    return np.cumsum(box * scores[:, :10] / (len(attacker.y) * doubt), axis=1)
-
-
-def triptychs(attacker, kinds, rows, pictures):
-    """Return pictures and captions, three a training picture: original, difference, altered.
-
-    kinds : (n,), what they show. The difference is grey where there is none; its largest fills the
-    scale.
-    """
-    shown, text = [], []
-    for i, x in zip(rows, pictures, strict=True):
-        original = attacker.images[i]
-        change = x - original.astype(float)
-        most = np.abs(change).max()
-        grey = np.uint8(127.5 + 127 * change / most)
-        shown += [original, grey, np.uint8(np.clip(np.rint(x), 0, 255))]
-        text += [f"training picture {i}\n{kinds[i].replace('_', ' ')}"]
-        text += [f"difference, largest\n{most:.2f} levels, amplified", "altered"]
-    return shown, text
-
-
-def levels(attacker, targets, carriers, boxes, *, stride, steps):
-    """Return (falls, saved, clean) of single test pictures, one carrier each, in several boxes.
-
-    Every attack takes all steps, of stride * box. falls : of the margins (boxes, KINDS, k), by
-    altered pictures kept in several ways. saved : {box: those in whole levels}. clean : fall by a
-    JPEG of the carrier that nobody altered, (k,).
-    """
-    originals, falls, kept = [attacker.images[rows] for rows in carriers], [], {}
-    for box in boxes:
-        options = {"box": box, "step": box * stride, "steps": steps, "stop": 0}
-        made = attacker.attack(targets, carriers, **options)
-        kept[box] = [saved(x, original) for x, original in zip(made, originals, strict=True)]
-        versions = made, kept[box], [jpeg(x) for x in kept[box]]
-        falls.append([attacker.falls(targets, carriers, x) for x in versions])
-    clean = attacker.falls(targets, carriers, [jpeg(x) for x in originals])
-    return np.array(falls), kept, clean
-
-
 def jpeg(pictures):
     """Return pictures in whole levels (k, h, w, 3) after a JPEG of quality 90."""
     quality, seen = [cv2.IMWRITE_JPEG_QUALITY, 90], []
     for picture in np.uint8(pictures):
-        _, file = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), quality)
-        seen.append(cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
+        _, file = cv2.imencode(".jpg", picture[..., ::-1], quality)
+        seen.append(cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
     return np.stack(seen)
-
-
-def smaller_backbone(backbone, name, side):
-    """Return the same architecture and weights for pictures of a smaller side."""
-    if name != "demo":
-        return features.load_backbone(name, size=side)
-    network = demo.demo_backbone(side)
-    network.set_weights(backbone.model.get_weights())
-    return features.Backbone("demo, smaller", network, backbone.preprocess, side)
-
-
-def transfer(data, attacker, tests, carriers, pictures, weight_decay, *, smaller=None, seen=None):
-    """Return (margins, falls) of test pictures, (k,) each, in a model that somebody else trains.
-
-    pictures : what the single carriers became. smaller : a backbone that gets all pictures shrunk,
-    the test pictures `seen` (k, h, w, 3) among them; without it the model has attacker's.
-    """
-    backbone, x_test = attacker.backbone, data.x_test[tests]
-    if smaller:
-        small = partial(features.measure, backbone=smaller, batch_size=attacker.batch)
-        data = data._replace(x_train=small(shrink(attacker.images, smaller.size)).astype(float))
-        x_test = small(shrink(seen, smaller.size)).astype(float)
-        backbone, pictures = smaller, [shrink(x, smaller.size) for x in pictures]
-    head, aims = vehicles.fitted_head(data, weight_decay), list(np.arange(len(tests))[:, None])
-    model = Attacks(
-        head, backbone, attacker.images, x_test, data.y_test[tests], batch=attacker.batch
-    )
-    return model.margin, model.falls(aims, carriers, pictures)
-
-
-def shrink(pictures, side):
-    """Return pictures (k, h, w, 3), whole levels or not, averaged down to a side."""
-    return np.stack([datasets.resize(np.asarray(p, np.float32), side) for p in pictures])
-
-
-def self_influence_places(data, attacker, carriers, pictures, weight_decay):
-    """Return the place of each single carrier by self-influence, before and after, (k, 2).
-
-    1 is the training picture with the largest influence on its own loss; "after" it is altered and
-    the head refitted.
-    """
-
-    def place(objective, i):
-        own = retraining.Removals(objective).self_influence()
-        return (own > own[i]).sum() + 1
-
-    places = []
-    for (i,), x in zip(carriers, pictures, strict=True):
-        altered = data.x_train.copy()
-        altered[i] = attacker.features(x)[0]
-        after = vehicles.fitted_head(data._replace(x_train=altered), weight_decay)
-        places.append([place(attacker.objective, i), place(after, i)])
-    return np.array(places)
-
-
-def step_costs(data, attacker, targets, carriers, weight_decay, **settings):
-    """Return (our step / a pass of the backbone, the original's step / our step), in times.
-
-    Of one carrier each in a batch: three steps with refits and new directions, against three passes
-    forward and back, and against `original_step` of one picture.
-    """
-    x = attacker.images[np.concatenate(carriers)]
-
-    def ours():
-        attacker.attack(targets, carriers, **settings | {"steps": 3, "stop": 0})
-
-    def passes():
-        for _ in range(3):
-            phi, pull = attacker.see(x)
-            pull(phi)
-
-    original = original_step(data, attacker, carriers[0], targets[0], weight_decay)
-    speedup = 3 * len(targets) / time_ratio(ours, original, repeats=2)
-    return time_ratio(ours, passes, repeats=2), speedup
-
-
-def original_step(data, attacker, i, t, weight_decay):
-    """Return step(): one step as the original takes it, for training picture i (1,), test t (1,).
-
-    The gradient of the gradient through the whole model, CG for the direction, and a refit by
-    L-BFGS from the last one.
-    """
-    logistic = keras.losses.BinaryCrossentropy(from_logits=True)
-    one, y = attacker.images[i].astype(attacker.backbone.model.compute_dtype), data.y_train
-    options = {"parameters": "last_layer", "weight_decay": weight_decay}
-    deep = Objective(whole_model(attacker), logistic, one, y[i], **options)
-    options = {"fit_intercept": False, "tol": 1e-8, "max_iter": 1000, "warm_start": True}
-    refit = LogisticRegression(C=1 / (len(y) * weight_decay), **options).fit(data.x_train, y)
-
-    def step():
-        aim, x = (data.x_test[t], data.y_test[t]), data.x_train.copy()
-        s = influence.s_test(attacker.objective, *aim, solver="cg", damping=0.0, rtol=1e-6)
-        changed = one - 0.25 * np.sign(influence.influence_wrt_input(deep, s.x[:, 0], one, y[i]))
-        x[i] = attacker.features(changed)[0]
-        refit.fit(x, y)
-
-    return step

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from helpers import curvature, influence, retraining
-from helpers.objective import Objective
+from helpers import Objective, Removals, fit_head, predicted_loss_change, s_test
+from helpers.gradients import per_example_gradients
 from support.models import linear_head
 
 
@@ -89,8 +89,8 @@ def case(x, y, before, lost, test, weight_decay, start=None):
         *(_fit(x[r], y[r], weight_decay, start) for r in (before, after)), strict=True
     )
     logits = np.stack([x[test] @ model.theta for model in models])
-    s = influence.s_test(models[1], x[test], y[test]).x
-    changes = influence.predicted_loss_change(models[1], s)
+    s = s_test(models[1], x[test], y[test]).x
+    changes = predicted_loss_change(models[1], s)
     return Case(x, y, test, before[lost], models, fits, logits, s, changes)
 
 
@@ -100,7 +100,7 @@ def _fit(x, y, weight_decay, start):
     objective = Objective(linear_head(x.shape[1]), loss, x, y, weight_decay=weight_decay)
     if start is not None:
         objective.theta = start
-    return objective, retraining.fit_head(objective)
+    return objective, fit_head(objective)
 
 
 def lead(changes, children):
@@ -126,7 +126,7 @@ def put_back(case):
     """
     full, model = case.models
     x, y = case.x[case.gone], case.y[case.gone]
-    own = curvature.per_example_gradients(model, x, y) + model.decay * model.theta
+    own = per_example_gradients(model, x, y) + model.decay * model.theta
     step = np.linalg.solve(full.head.hessian(model.theta), full.head.gradient(model.theta))
     first_order = -(own @ case.s).sum(0) / model.n
     return _three(case, first_order, model.theta - step, full.theta)
@@ -134,13 +134,13 @@ def put_back(case):
 
 def leave_out(case, rows):
     """Return the same changes (3, m) if the training patients at `rows` are left out."""
-    removals = retraining.Removals(case.models[1])
+    removals = Removals(case.models[1])
     newton = removals.theta + removals.group_newton_step(rows)
     return _three(case, case.changes[:, rows].sum(1), newton, removals.exact_groups([rows])[:, 0])
 
 
 def _three(case, first_order, *thetas):
-    removals = retraining.Removals(case.models[1])
+    removals = Removals(case.models[1])
     test = case.x[case.test], case.y[case.test]
     return np.stack([first_order, *removals.loss_change(np.stack(thetas, axis=1), *test).T])
 

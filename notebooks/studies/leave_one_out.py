@@ -3,11 +3,14 @@
 n training points, m test points, d features, p parameters; changes of losses are in nats.
 """
 
+from functools import partial
+
 import numpy as np
 from scipy.sparse.linalg import eigsh
 from sklearn.linear_model import LogisticRegression
 
-from helpers import curvature, influence, solvers
+from helpers import Cholesky, Hessian, LiSSA, predicted_loss_change, s_test, solve
+from helpers.gradients import per_example_gradients
 from support import datasets
 
 
@@ -22,36 +25,48 @@ def digits(source, side, seed):
     return data._replace(x_train=smaller(data.x_train), x_test=smaller(data.x_test))
 
 
+def refits(removals, rows, keep, size=500):
+    """Return the exact refits (p, k) without each training point of rows (k,), in parts of `size`.
+
+    removals : of a head; keep : a `stored.checkpoint`, so that a run goes on where it was.
+    """
+    head, parts = removals.head, np.split(rows, range(size, len(rows), size))
+    loss = removals.objective.loss.object
+    same = [loss, removals.theta, head.decay, head.phi, head.y, head.weight]
+    ends = [keep([*same, part], partial(removals.exact, part)) for part in parts]
+    return np.concatenate(ends, axis=1)
+
+
 def by_lissa(objective, x, y, samples):
     """Return {setting: predicted changes (n,)} of one test point's loss, LiSSA for the solve.
 
     The scale is chosen from the spectrum and a step sees up to 5,000 examples; or everything is as
     in the paper: one example a step, 5,000 steps, scale 25, the mean of `samples` repetitions.
     """
-    gradient = curvature.per_example_gradients(objective, x[None], y[None])[0]
+    gradient = per_example_gradients(objective, x[None], y[None])[0]
     chosen = {"batch_size": min(objective.n, 5000), "rtol": 0.02}
     papers = {"batch_size": 1, "depth": 5000, "scale": 25, "samples": samples, "rtol": 0.5}
     changes = {}
     for name, options in {"LiSSA, scale chosen": chosen, "LiSSA as in the paper": papers}.items():
-        solution = influence.ihvp(objective, gradient, solver="lissa", **options)
-        changes[name] = influence.predicted_loss_change(objective, solution)[0]
+        solution = solve(objective, gradient, LiSSA(**options))
+        changes[name] = predicted_loss_change(objective, solution)[0]
     return changes
 
 
 def spoilt(objective, x, y, weight_decay, steps=20):
     """Return {cause: predicted changes (m, n)}, first order with one thing spoilt in each."""
-    hessian = curvature.dense_hessian(objective)
-    gradients = curvature.per_example_gradients(objective, x, y).T
+    hessian = Hessian(objective).dense()
+    gradients = per_example_gradients(objective, x, y).T
     values, vectors = eigsh(hessian, 200, v0=np.ones(len(hessian)))
     solutions = {}
     for k in (1, 10):
-        solution = solvers.solve_cholesky(hessian, gradients, damping=k * weight_decay)
+        solution = solve(hessian, gradients, Cholesky(k * weight_decay))
         solutions[f"damping of {k} x weight decay"] = solution
     for rank in (50, 200):
         kept = vectors[:, -rank:]
         solution = kept @ ((kept.T @ gradients) / values[-rank:, None])
         solutions[f"the {rank} largest eigenvalues alone"] = solution
-    changes = {name: influence.predicted_loss_change(objective, s) for name, s in solutions.items()}
+    changes = {name: predicted_loss_change(objective, s) for name, s in solutions.items()}
     unfinished = _stopped_early(objective, x, y, steps, 1 / (1.05 * values[-1]))
     return changes | {f"training stopped after {steps} steps": unfinished}
 
@@ -62,7 +77,7 @@ def _stopped_early(objective, x, y, steps, rate):
     for _ in range(steps):
         theta -= rate * objective.head.gradient(theta)
     objective.theta = theta
-    changes = influence.predicted_loss_change(objective, influence.s_test(objective, x, y))
+    changes = predicted_loss_change(objective, s_test(objective, x, y))
     objective.theta = best
     return changes
 

@@ -11,9 +11,8 @@ import scipy.sparse
 from tqdm.auto import tqdm
 
 from helpers import checks
-from helpers.head import gemm, gram
-from helpers.retraining import DENSE_FIT, head_of
-from helpers.solvers import Cholesky
+from helpers.fit import DENSE_FIT, head_of
+from helpers.linalg import Factor, gemm, gram
 
 TINY = np.finfo(float).tiny
 
@@ -46,7 +45,7 @@ def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32, 
     labels, given = np.asarray(labels).astype(head.y.dtype), np.asarray(labels)
     if (labels != given).any():
         raise ValueError(f"Labels of type {given.dtype} are cut to the objective's {head.y.dtype}.")
-    checks.labels(objective._loss, labels.ravel(), (labels.size, head.c))
+    checks.labels(objective.loss.object, labels.ravel(), (labels.size, head.c))
     theta = np.zeros((len(head.decay), k)) if start is None else np.array(start, np.float64)
     share = np.repeat(head.weight[:, None], k, 1) / n if weight is None else weight / weight.sum(0)
     norms, products = np.zeros(k), np.zeros(k, int)
@@ -70,7 +69,7 @@ class _Basis(NamedTuple):
     psi_t: np.ndarray | scipy.sparse.csr_array
     decay: np.ndarray
     pull: np.ndarray
-    factor: Cholesky | None
+    factor: Factor | None
 
     def enter(self, theta):
         return self._turned(theta, "transposed_product")
@@ -106,7 +105,7 @@ def _whitened(head, plain, labels, share, theta):
     pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
     matrix = gram(plain.psi, pull)
     matrix[np.diag_indices_from(matrix)] += head.decay[:: head.c]
-    factor = Cholesky(matrix)
+    factor = Factor(matrix)
     psi = np.ascontiguousarray(factor.whiten(plain.psi.T).T)
     return _Basis(psi, psi.T, np.ones(len(theta)), pull, factor)
 

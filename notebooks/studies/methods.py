@@ -14,8 +14,18 @@ import tensorflow as tf
 from sklearn.neighbors import NearestNeighbors
 from tqdm.auto import tqdm
 
-from helpers import curvature, ekfac, influence, retraining
-from helpers.objective import Objective
+from helpers import (
+    CG,
+    GaussNewton,
+    Hessian,
+    Objective,
+    Removals,
+    fit_head,
+    predicted_loss_change,
+    solve,
+)
+from helpers.ekfac import Blocks
+from helpers.gradients import gradient_dots, per_example_gradients
 from studies import many_fits
 from studies.network_retraining import NetworkRemovals, polish
 from support import evaluation
@@ -75,7 +85,7 @@ def fit(problem, labels, seed):
     _assign(model, trained.theta[0], trained.rest[0])
     data = problem.loss, problem.x, labels
     objective = Objective(model, *data, weight_decay=problem.decay, decayed="all")
-    retraining.fit_head(objective) if objective.head else polish(objective)
+    fit_head(objective) if objective.head else polish(objective)
     return objective, trained.checkpoints[:, 0]
 
 
@@ -114,7 +124,7 @@ class Case:
         rules = evaluation.choose_test_points(losses, correct, seed=seed)
         rows = np.concatenate(list(rules.values()))
         self.accuracy, self.x, self.y = correct.mean(), problem.x_test[rows], problem.y_test[rows]
-        self.gradients = curvature.per_example_gradients(self.objective, self.x, self.y).T
+        self.gradients = per_example_gradients(self.objective, self.x, self.y).T
         self.solve = Solvers(self.objective)
 
 
@@ -126,15 +136,17 @@ class Solvers:
     """
 
     def __init__(self, objective):
-        self.objective, dense = objective, {"exact": curvature.dense_hessian}
+        self.objective, dense = objective, {"exact": Hessian}
         if not objective.head:
-            dense["Gauss-Newton"] = curvature.dense_gauss_newton
-        self.spectra = {name: scipy.linalg.eigh(form(objective)) for name, form in dense.items()}
+            dense["Gauss-Newton"] = GaussNewton
+        self.spectra = {
+            name: scipy.linalg.eigh(form(objective).dense()) for name, form in dense.items()
+        }
         self.names = [*dense, "EK-FAC"]
 
     def __call__(self, method, b, damping=0.0):
         if method == "EK-FAC":
-            return ekfac.EKFAC(self.objective, damping=damping).solve(b)
+            return Blocks(self.objective, damping).solve(b)
         values, vectors = self.spectra[method]
         return vectors @ ((vectors.T @ b) / (values + damping)[:, None])
 
@@ -149,7 +161,7 @@ def damping_sweep(case, method, dampings, kept, losses):
 
     kept : (n, k) bool, subsets of the training points; losses : (m, k), after training on each.
     """
-    change = partial(influence.predicted_loss_change, case.objective)
+    change = partial(predicted_loss_change, case.objective)
     found = [change(case.solve(method, case.gradients, damping)) for damping in dampings]
     return [evaluation.datamodelling_score(f, kept, losses, draws=1).mean for f in found]
 
@@ -160,17 +172,17 @@ def predictions(case, dampings):
     dampings : {method: damping} of the methods that solve with a matrix.
     """
     objective, gradients, products = case.objective, case.gradients, np.nan
-    change = partial(influence.predicted_loss_change, objective)
+    change = partial(predicted_loss_change, objective)
     found = {m: change(case.solve(m, gradients, dampings[m])) for m in case.solve.names}
     if not objective.head:
         how = {"damping": dampings["exact"], "rtol": 1e-3, "precondition": None}
-        solution = influence.ihvp(objective, gradients, solver="cg", **how)
+        solution = solve(objective, gradients, CG(**how))
         found["CG"], products = change(solution), solution.steps.sum()
     elif objective.head.c == 1:
-        found["leverage"] = found["exact"] / (1 - retraining.Removals(objective).leverage)
+        found["leverage"] = found["exact"] / (1 - Removals(objective).leverage)
 
     def dots(gradients):
-        return curvature.gradient_dots(objective, gradients.T) / objective.n
+        return gradient_dots(objective, gradients.T) / objective.n
 
     dots_at = partial(_summed, objective, case.x, case.y, dots)
     same = np.where(case.y[:, None] == case.problem.y, 1, -1)
@@ -186,7 +198,7 @@ def predictions(case, dampings):
 def _after_newton(case):
     """Return the change of each test loss after a Newton step without each point, (m, n)."""
     if case.objective.head:
-        return retraining.Removals(case.objective).newton_loss_change(case.x, case.y)
+        return Removals(case.objective).newton_loss_change(case.x, case.y)
     removals = NetworkRemovals(case.objective, case.solve.hessian)
     steps = removals.newton_steps(np.arange(case.objective.n))
     return removals.loss_change(removals.theta[:, None] + steps, case.x, case.y)
@@ -196,7 +208,7 @@ def _summed(objective, x, y, use, thetas):
     """Return the sum over parameters `thetas` (c, p) of use(the losses' gradients (k, p) there)."""
     home, total = objective.theta, 0
     for objective.theta in thetas:
-        total = total + use(curvature.per_example_gradients(objective, x, y))
+        total = total + use(per_example_gradients(objective, x, y))
     objective.theta = home
     return total
 
@@ -239,7 +251,7 @@ def left_out(case, exact, *, n_top, n_random, keep):
     some = rng.choice(objective.n, n_random, replace=False)
     rows = np.unique(np.concatenate([some, *(evaluation.top(row, n_top) for row in exact)]))
     if objective.head:
-        removals = retraining.Removals(objective)
+        removals = Removals(objective)
         thetas = removals.exact(rows)
     else:
         removals = NetworkRemovals(objective, case.solve.hessian)
@@ -264,12 +276,12 @@ def suspicion(case, labels, dampings):
     x = case.problem.x
     objective, checkpoints = fit(case.problem, labels, case.seed)
     solve = Solvers(objective)
-    gradients = curvature.per_example_gradients(objective, x, labels).T
+    gradients = per_example_gradients(objective, x, labels).T
     found = {m: (gradients * solve(m, gradients, dampings[m])).sum(0) for m in solve.names}
     found |= {"Grad-Dot": (gradients**2).sum(0), "loss": objective.losses(x, labels)}
     found["TracIn"] = _summed(objective, x, labels, lambda g: (g**2).sum(1), checkpoints)
     if objective.head:
-        found["Newton"] = retraining.Removals(objective).left_out_losses()
+        found["Newton"] = Removals(objective).left_out_losses()
     near = NearestNeighbors(n_neighbors=10, metric="cosine").fit(_directions(x))
     differ = labels[near.kneighbors(return_distance=False)] != labels[:, None]
     tie, chance = np.random.default_rng([case.seed, 8]).random((2, len(labels)))

@@ -18,8 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.neighbors import NearestNeighbors
 
-from helpers import retraining
-from helpers.objective import Objective
+from helpers import Objective, Removals
 from studies import many_fits
 from support import datasets, evaluation, models, vehicles
 
@@ -215,7 +214,7 @@ def rankings(problem, labels, theta, rng, *, seed=0):
     head, r_test = problem.curved.head, _residual_of_trusted(problem, theta)
     problem.curved.theta = theta if problem.turn is None else problem.turn.T @ theta
     head.relabel(labels)
-    removals = retraining.Removals(problem.curved)
+    removals = Removals(problem.curved)
     r, own = removals.residual, removals.self_influence()
     disagree = (labels[problem.neighbours] != labels[:, None]).mean(1)
     scores = {

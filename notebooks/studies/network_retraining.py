@@ -16,18 +16,12 @@ import scipy.optimize
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from helpers import checks
-from helpers.curvature import (
-    compiled,
-    curvature_factors,
-    dense_gauss_newton,
-    hessian_operator,
-    loss_gradient,
-    output_slopes,
-    per_example_gradients,
-)
-from helpers.solvers import Cholesky, damped
-from support.stored import keep_nothing
+from helpers import GaussNewton, Hessian, checks
+from helpers.gradients import output_slopes, per_example_gradients
+from helpers.hessian import curvature_factors
+from helpers.linalg import Factor, damped
+from helpers.objective import compiled
+from support.stored import keep_nothing, key
 
 
 class Descent(NamedTuple):
@@ -85,8 +79,8 @@ class NetworkRemovals:
         self.objective, self.theta = objective, objective.theta
         self.hessian, k = hessian, damped(hessian, checks.number("damping", damping))
         k[np.diag_indices_from(k)] -= objective.decay / objective.n
-        self.factor = Cholesky(k)
-        self.gradient = loss_gradient(objective)
+        self.factor = Factor(k)
+        self.gradient = objective.gradient()
 
     def newton_steps(self, rows):
         """Return theta_-i - theta by one Newton step on the left-out objective, (p, k).
@@ -95,7 +89,7 @@ class NetworkRemovals:
         rank-C correction (Sherman-Morrison-Woodbury).
         """
         rows = checks.rows(rows, self.objective.n)
-        x, y, weight = self.objective.gather(rows)
+        x, y, weight = self.objective.data.gather(rows)
         own = per_example_gradients(self.objective, x, y).T * weight.numpy()
         share = (self.objective.decay * self.theta)[:, None]
         gradient = self.gradient[:, None] - (own + share) / self.objective.n
@@ -106,7 +100,7 @@ class NetworkRemovals:
     def _solve_left_out(self, g, row):
         """Return (K + damping I - J_i' A_i J_i / n)^-1 g for one vector (p,)."""
         n = self.objective.n
-        x, y, weight = self.objective.gather(np.array([row]))
+        x, y, weight = self.objective.data.gather(np.array([row]))
         u, signs = (part[0] for part in curvature_factors(self.objective, x, y))
         u *= np.sqrt(float(weight[0]))
         both = self.factor.solve(np.column_stack([g, u]))
@@ -165,8 +159,8 @@ class NetworkRemovals:
         the loss, parameters by (damping/2) ||t - theta||^2 and the decay. Its first order is the
         influence with the Gauss-Newton matrix and the same damping, the best matrix to start from.
         """
-        x, y, _ = self.objective.gather(np.arange(self.objective.n))
-        batches = self.objective.batches_of(x, y)
+        x, y, _ = self.objective.data.gather(np.arange(self.objective.n))
+        batches = self.objective.data.of(x, y)
         slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
         near = _Anchor(self.theta, damping, slopes)
         target = partial(_target, self.objective, anchor=near)
@@ -175,9 +169,12 @@ class NetworkRemovals:
 
     def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
-        x, y, weight = self.objective.gather(np.arange(self.objective.n))
+        x, y, weight = self.objective.data.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        same = [self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
+        made_of = key(
+            self.objective.model, self.objective.loss.object
+        )  # the model moves on the way
+        same = [made_of, self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
 
         def one(row):
             start = self.objective, target(without=row), self.theta, factor
@@ -214,7 +211,7 @@ class _Anchor(NamedTuple):
 def _target(objective, without=None, fraction=1.0, anchor=None):
     """Return theta -> (value, gradient (p,)) of L, or of L without a point, or near an anchor."""
     decay, n = objective.decay, objective.n
-    weight = np.array(objective.gather(np.arange(n))[2])
+    weight = np.array(objective.data.gather(np.arange(n))[2])
     slopes = np.zeros((n, 1)) if anchor is None else anchor.slopes * weight[:, None]
     left = n
     if without is not None:
@@ -237,7 +234,7 @@ def _target(objective, without=None, fraction=1.0, anchor=None):
 
 @compiled
 def _products_of(objective, vectors, rows):
-    return hessian_operator(objective, rows=rows)(vectors)
+    return Hessian(objective).product(rows)(vectors)
 
 
 @compiled
@@ -246,15 +243,15 @@ def _value_and_gradient(objective, weight, slopes):
 
     def one_batch(x, y, _, weight, slopes):
         with tf.GradientTape() as tape:
-            outputs = objective.outputs(x)
-            value = tf.tensordot(weight, objective.loss_of_outputs(y, outputs), 1)
+            outputs = objective.loss.outputs(x)
+            value = tf.tensordot(weight, objective.loss.of_outputs(y, outputs), 1)
             flat = tf.reshape(outputs, (tf.shape(outputs)[0], -1))
             value -= tf.reduce_sum(slopes * flat)
         gradient = objective.flatten(tape.gradient(value, objective.tensors))
         return tf.concat([value[None], gradient], 0)
 
     zeros = tf.zeros(objective.p + 1, objective.dtype)
-    return objective.accumulate(one_batch, zeros, extra=(weight, slopes))
+    return objective.data.accumulate(one_batch, zeros, extra=(weight, slopes))
 
 
 def _settle(objective, target, theta, factor, tol, rounds, steps):
@@ -263,8 +260,8 @@ def _settle(objective, target, theta, factor, tol, rounds, steps):
     for _ in rounds:
         if factor is None:
             objective.theta = theta
-            g = dense_gauss_newton(objective)
-            factor = Cholesky(damped(g, max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))))
+            g = GaussNewton(objective).dense()
+            factor = Factor(damped(g, max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))))
         found = _descend(target, theta, factor, tol, steps)
         theta, spent, factor = found.theta, spent + found.evaluations, None
         if found.converged:

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import curvature, influence, solvers
-from helpers.objective import Objective
+from helpers import Cholesky, Hessian, Objective, predicted_loss_change, solve
+from helpers.gradients import per_example_gradients
 from studies.network_retraining import NetworkRemovals, polish
 from support import datasets, evaluation, models, stored
 
@@ -80,10 +80,11 @@ class Recipe:
         network = self.network(draw)
         self.train(network, rows)
         objective = self.objective(network, rows)
-        unfinished, data = objective.theta, (self.weight_decay, rows, self.digits.x_train[rows])
+        unfinished, some = objective.theta, (self.digits.x_train[rows], self.digits.y_train[rows])
+        data = network, self.weight_decay, *some
         objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective).theta)
         of_hessian = ["Hessian", objective.theta, *data]
-        hessian = self.keep(of_hessian, lambda: curvature.dense_hessian(objective))
+        hessian = self.keep(of_hessian, lambda: Hessian(objective).dense())
         return Network(objective, hessian)
 
     def judges(self, objective):
@@ -136,9 +137,9 @@ class Recipe:
 
 def predicted(objective, matrix, x_test, y_test, *, damping=0.0):
     """Return predicted changes (m, n) with a Hessian (p, p) or what stands in for it."""
-    gradients = curvature.per_example_gradients(objective, x_test, y_test).T
-    solution = solvers.solve_cholesky(matrix, gradients, damping=damping)
-    return influence.predicted_loss_change(objective, solution)
+    gradients = per_example_gradients(objective, x_test, y_test).T
+    solution = solve(matrix, gradients, Cholesky(damping))
+    return predicted_loss_change(objective, solution)
 
 
 class Agreement(NamedTuple):

@@ -20,8 +20,19 @@ import tensorflow as tf
 from scipy import stats
 from tqdm.auto import tqdm
 
-from helpers import curvature, ekfac, influence, spectrum
-from helpers.objective import Objective
+from helpers import (
+    CG,
+    GaussNewton,
+    Hessian,
+    LiSSA,
+    Objective,
+    predicted_loss_change,
+    s_test,
+    solve,
+    spectrum,
+)
+from helpers.ekfac import Blocks
+from helpers.gradients import per_example_gradients
 from studies import networks
 from studies.network_retraining import NetworkRemovals
 from support import datasets, models, stored
@@ -212,12 +223,12 @@ class Protocol:
 
         def compute():
             objective = self.objective(theta)
-            gradients = curvature.per_example_gradients(objective, *self.test(rows)).T
-            how = {"damping": self.damping, "gauss_newton": gauss_newton}
+            gradients = per_example_gradients(objective, *self.test(rows)).T
+            matrix = (GaussNewton if gauss_newton else Hessian)(objective)
             with warnings.catch_warnings():  # `lowest_curvature` says whether H + damping I is one
                 warnings.simplefilter("ignore")
-                solution = influence.ihvp(objective, gradients, solver="cg", **how)
-                return influence.predicted_loss_change(objective, solution)
+                solution = solve(matrix, gradients, CG(self.damping))
+                return predicted_loss_change(objective, solution)
 
         matrix = ["Gauss-Newton"] if gauss_newton else []
         return self.keep([*self._judged(theta, rows), *matrix], compute)
@@ -229,7 +240,7 @@ class Protocol:
     def lowest_curvature(self, theta):
         """Return the smallest eigenvalue of H at theta that 40 steps of Lanczos find."""
         numbers = [theta, self.weight_decay, self.digits.x_train, "lowest"]
-        found = self.keep(numbers, lambda: spectrum.spectrum(self.objective(theta)).lambda_min)
+        found = self.keep(numbers, lambda: spectrum(self.objective(theta)).lambda_min)
         return float(found)
 
     def held_near(self, theta, removed, rows):
@@ -241,7 +252,7 @@ class Protocol:
         exact, test = replace(self, dtype="float64"), self.test(rows)
         objective, theta = exact.objective(theta), theta.astype(np.float64)
         of_g = ["G", *self._judged(theta, rows)]
-        g = self.keep(of_g, lambda: curvature.dense_gauss_newton(objective))
+        g = self.keep(of_g, lambda: GaussNewton(objective).dense())
         removals = NetworkRemovals(objective, g, damping=self.damping)
         held = removals.proximal(removed, self.damping, tol=1e-7, checkpoint=self.keep)
         first = networks.predicted(objective, g, *test, damping=self.damping)
@@ -254,20 +265,20 @@ class Protocol:
         None where a method diverged.
         """
         objective, (x, y), n = self.objective(theta), self.test(rows), len(self.digits.x_train)
-        gradients, shift = curvature.per_example_gradients(objective, x, y).T, self.damping
-        change, classes = influence.predicted_loss_change, 10
+        gradients, shift = per_example_gradients(objective, x, y).T, self.damping
+        change, classes = predicted_loss_change, 10
         last = self.objective(None, parameters="last_layer")
         how = {"depth": lissa_depth, "batch_size": min(lissa_batch, n), "rtol": 1.0}
         found = {
-            "EK-FAC": (ekfac.EKFAC(objective, damping=shift).solve(gradients), 2 * (1 + classes)),
+            "EK-FAC": (Blocks(objective, shift).solve(gradients), 2 * (1 + classes)),
             "gradients alone": (gradients / shift, 0),
         }
         found = {name: (change(objective, s), cost + 1) for name, (s, cost) in found.items()}
-        of_last = influence.s_test(last, x, y, damping=shift)
+        of_last = s_test(last, x, y, damping=shift)
         found["last layer"] = change(last, of_last), 1
         cost = 2 * lissa_depth * how["batch_size"] / n + 1
         try:
-            solution = influence.ihvp(objective, gradients, solver="lissa", damping=shift, **how)
+            solution = solve(objective, gradients, LiSSA(shift, **how))
             found["LiSSA"] = change(objective, solution.x), cost
         except FloatingPointError:
             found["LiSSA"] = None, cost

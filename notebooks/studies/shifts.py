@@ -267,8 +267,8 @@ class Attacked(NamedTuple):
 
 def measure(pictures, backbone, keep):
     """Return the features (m, d) of pictures, float64; `keep` is a stored.checkpoint."""
-    numbers = [pictures, *backbone.model.get_weights()]
-    return keep(numbers, lambda: features.measure(pictures, backbone)).astype(float)
+    found = keep([pictures, backbone], lambda: features.measure(pictures, backbone))
+    return found.astype(float)
 
 
 def measure_attacked(pictures, y, backbone, keep, weights, *, bias=0.0, **options):
@@ -279,9 +279,7 @@ def measure_attacked(pictures, y, backbone, keep, weights, *, bias=0.0, **option
         both = [features.measure(x, backbone) for x in (found.pictures, np.rint(found.pictures))]
         return np.hstack([*both, found.rounds[:, None]])
 
-    settings = repr(sorted(options.items())).encode()
-    numbers = [pictures, y, weights, bias, settings, *backbone.model.get_weights()]
-    values = keep(numbers, compute)
+    values = keep([pictures, y, weights, bias, options, backbone], compute)
     phi, rounded = np.split(values[:, :-1].astype(float), 2, axis=1)
     return Attacked(phi, rounded, values[:, -1])
 

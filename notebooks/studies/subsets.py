@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import expit
 from sklearn.neural_network import MLPClassifier
 
-from helpers import influence
+from helpers import predicted_loss_change, s_test
 from support import vehicles
 
 
@@ -193,7 +193,7 @@ def carried(data, rows, test_rows, weight_decay):
     train, test = (data.x_train[rows], data.y_train[rows]), (data.x_test, data.y_test)
     x, y = (values[test_rows] for values in test)
     head = vehicles.fitted_head(vehicles.Vehicles(*tables, *train, x, y), weight_decay)
-    changes = influence.predicted_loss_change(head, influence.s_test(head, x, y))
+    changes = predicted_loss_change(head, s_test(head, x, y))
     weights = np.abs(changes).sum(0)[train[1] == 0]
     return effective_number(weights) / len(weights), np.mean((x @ head.theta > 0) == (y == 1))
 

@@ -16,6 +16,7 @@ import json
 import operator
 import platform
 import subprocess
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from support import stored
 from support.stored import ROOT, folder
 
 BOUNDS = {
@@ -64,7 +66,7 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
         raise ValueError(f"claim {id}: {kind} asks it of an interval, and there is none")
     stated = {"id": id, "claim": text, "of": of, "published": published, kind: limit}
     known = {"value": value if applies else None, "interval": interval if applies else None}
-    known = _plain({name: v for name, v in (stated | known).items() if v is not None})
+    known = plain({name: v for name, v in (stated | known).items() if v is not None})
     word = outcome(known) if applies else "not applicable"
     return {**known, "value": known.get("value"), "verdict": word}
 
@@ -154,21 +156,27 @@ def write(notebook, profile, parameters, claims, *, dataset=None):
         record["verdicts"].sort(key=lambda c: c.get("dataset", ""))
         runs = dict(sorted(record["runs"].items(), key=lambda run: (run[0] != DEFAULT, run[0])))
         record = {"notebook": notebook, "profile": profile, **record, "runs": runs}
-        path.write_text(json.dumps(_plain(record), indent=1) + "\n", encoding="utf-8")
+        stored.write(path, json.dumps(plain(record), indent=1) + "\n")
     return table(claims)
 
 
 def forget(path, dataset):
     """Take the claims of a data set out of a file that `write` wrote, where there is one."""
     if path.exists():
-        path.write_text(json.dumps(_without(path, dataset), indent=1) + "\n", encoding="utf-8")
+        with FileLock(path.with_suffix(".lock")):
+            stored.write(path, json.dumps(_without(path, dataset), indent=1) + "\n")
 
 
 def _without(path, dataset):
-    """Return the record in a file, if there is one, without what a data set's run put there."""
+    """Return the record in a file, where it is whole, without what a data set's run put there."""
+    nothing, own = {"runs": {}, "verdicts": []}, None if dataset == DEFAULT else dataset
     if not path.exists() or dataset is None:
-        return {"runs": {}, "verdicts": []}
-    record, own = read_record(path), None if dataset == DEFAULT else dataset
+        return nothing
+    try:
+        record = read_record(path)
+    except ValueError as error:
+        warnings.warn(f"{error} Claims on other data sets are lost.", stacklevel=3)
+        return nothing
     record["runs"].pop(dataset, None)
     record["verdicts"] = [c for c in record["verdicts"] if c.get("dataset") != own]
     return record
@@ -206,12 +214,12 @@ def _git(*words):
         return ""
 
 
-def _plain(value):
+def plain(value):
     """Return JSON types, floats with six significant digits (arrays become lists)."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
-        return [_plain(v) for v in list(value)]
+        return [plain(v) for v in list(value)]
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):
@@ -237,13 +245,28 @@ def results(profile):
 
 
 def read_record(path):
-    """Return what `write` wrote."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Return what `write` wrote; ValueError where that is damaged."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(record["runs"], dict) or [c for c in record["verdicts"] if not c["id"]]:
+            raise ValueError("it is no record of claims")
+        return record
+    except (ValueError, KeyError, TypeError) as error:
+        name = Path(path).name
+        raise ValueError(f"{path} is damaged ({error}): run notebook {name[:2]} again.") from error
 
 
 def written(where, chosen=None):
-    """Return the claims in a folder, of all or of some notebooks, as one table in their order."""
-    records = [read_record(path) for path in sorted(where.glob("[0-9][0-9]_verdicts.json"))]
+    """Return the claims in a folder, of all or of some notebooks, as one table in their order.
+
+    A damaged file is said, and left out.
+    """
+    records = []
+    for path in sorted(where.glob("[0-9][0-9]_verdicts.json")):
+        try:
+            records.append(read_record(path))
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
     names = None if chosen is None else {path.stem for path in chosen}
     rows = [
         {"notebook": r["notebook"], **c, "shown": show_value(c), "criterion": criterion(c)}

@@ -9,21 +9,30 @@ import json
 import os
 from pathlib import Path
 
+import dask
 from distributed import Client, as_completed
 from tqdm.auto import tqdm
 
 from support import run
 
 
-def connect(scheduler=None):
+def connect(scheduler=None, *, security=None):
     """Return a client of the scheduler at an address, by default of a cluster on this machine.
 
-    The latter has one process a core and one thread a process, and ends with the client. Workers
-    elsewhere are started in a copy of this project: `.venv/bin/dask worker ADDRESS --nthreads 1`.
+    The latter has one process a core and one thread a process, listens on this machine alone, has
+    no dashboard, and ends with the client. Workers elsewhere are started in a copy of this project:
+    `.venv/bin/dask worker ADDRESS --nthreads 1`. Whoever reaches a scheduler can run code on its
+    workers: keep it behind a firewall, or use `tls://`. security : `distributed.Security` with the
+    certificates.
     """
     if scheduler is not None:
-        return Client(scheduler, timeout=10)
-    return Client(n_workers=os.cpu_count(), threads_per_worker=1, dashboard_address=None)
+        return Client(scheduler, timeout=10, security=security)
+    for part in ("scheduler", "worker"):  # for good: a worker that died is replaced later
+        dask.config.set({f"distributed.{part}.http.routes": []})
+    size = {"n_workers": os.cpu_count(), "threads_per_worker": 1}
+    client = Client(**size, host="127.0.0.1", dashboard_address=None)
+    client.cluster.scheduler.http_server.stop()  # it would listen at 127.0.0.1:8787 all the same
+    return client
 
 
 def spread(client, function, pieces, *, retries=2, description="tasks"):
@@ -63,6 +72,8 @@ def _run(job):
     source, target, parameters = job
     os.environ["THESIS_RUNS"] = str(target.with_suffix(""))
     try:
-        run.run(source, target, parameters)
+        with run.alone(target):
+            if not target.exists():  # another process may have run it meanwhile
+                run.run(source, target, parameters)
     finally:
         del os.environ["THESIS_RUNS"]

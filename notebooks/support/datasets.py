@@ -9,11 +9,11 @@ of a near-duplicate's partner; real photographs have neither. `path` is a file o
 import gzip
 import hashlib
 import io
-import os
-import shutil
 import tarfile
+import warnings
 import zipfile
-from functools import lru_cache
+import zlib
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import cv2
 import joblib
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy.special import expit
 from sklearn.compose import make_column_transformer
 from sklearn.feature_extraction.text import CountVectorizer
@@ -28,7 +29,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import OneHotEncoder
 from tqdm.auto import tqdm
 
-from support import drawings
+from support import drawings, stored
 from support.stored import data_root, folder
 
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
@@ -87,37 +88,42 @@ def dog_fish(*, seed=0, n_train=900, n_test=300):
 def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
     """Return the manifest of drawn pictures: PNG files of `size` pixels a side, drawn once.
 
-    They lie in data/derived/rendered/<key>/ beside their manifest.csv. The key is made of the
-    renderer and the plan, so that another renderer or another plan draws other files.
+    They lie in data/derived/rendered/<key>/ with their checksums. The key is made of the renderer
+    and the plan, so that another renderer or another plan draws other files. A file that is missing
+    or damaged is said and drawn again.
     """
     manifest = drawings.plan(seed, n_train=n_train, n_test=n_test)
-    renderer = Path(drawings.__file__).read_bytes() + drawings.MESH_FILE.read_bytes()
-    plan = f"{seed} {size} {manifest.to_csv()}".encode()
-    home = folder("data", "derived", "rendered") / hashlib.sha256(renderer + plan).hexdigest()[:16]
-    manifest.insert(1, "path", [str(home / f"{id}.png") for id in manifest["id"]])
+    decides = [seed, size, manifest, drawings.MESH_FILE.read_bytes(), drawings.draw]
+    home = folder("data", "derived", "rendered", stored.key(decides)[:16])
+    rows = [{**row, "file": home / f"{row['id']}.png"} for row in manifest.to_dict("records")]
+    draw = partial(_draw, seed=seed, size=size)
+    sums = stored.checkpoint(home)([home.name], lambda: np.array(draw(rows, "drawing")))
+    bad = [row for row, known in zip(rows, sums, strict=True) if _checksum(row["file"]) != known]
+    if bad:
+        print(f"{len(bad)} drawn pictures were missing or damaged: drawing them again.")
+        draw(bad, "drawing again")
+        if [_checksum(row["file"]) for row in rows] != list(sums):
+            raise ValueError(f"{home} was drawn by another OpenCV: run `make clean-cache`.")
+    manifest.insert(1, "path", [str(row["file"]) for row in rows])
     manifest["seed"] = seed
-    if not home.exists():
-        _draw(manifest, home, seed, size)
     return manifest
 
 
-def _draw(manifest, home, seed, size):
-    """Draw a manifest's pictures, on all cores, into a folder that is there whole or not at all."""
-    partial = home.with_name(f"{home.name}.{os.getpid()}.partial")
-    partial.mkdir()
+def _draw(rows, title, *, seed, size):
+    """Draw pictures on all cores, each whole or not at all; return their checksums."""
 
     def draw(row):
         picture = drawings.draw(row, seed=seed, size=size)
-        cv2.imwrite(str(partial / Path(row["path"]).name), picture[..., ::-1])
+        stored.write(row["file"], cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+        return _checksum(row["file"])
 
-    jobs = [joblib.delayed(draw)(row) for row in manifest.to_dict("records")]
+    jobs = [joblib.delayed(draw)(row) for row in rows]
     drawn = joblib.Parallel(n_jobs=-1, batch_size=32, return_as="generator")(jobs)
-    list(tqdm(drawn, total=len(manifest), desc="drawing", unit="picture"))
-    manifest.to_csv(partial / "manifest.csv", index=False)
-    try:
-        partial.rename(home)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
+    return list(tqdm(drawn, total=len(rows), desc=title, unit="picture"))
+
+
+def _checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
 
 
 def photos(root, *, seed=0, n_train=1000, n_test=300):
@@ -131,29 +137,65 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
             f"{root} does not exist. Put one folder of pictures a class there (airplane/ and car/, "
             "dog/ and fish/), or set THESIS_DATA to the folder that holds it; then run again."
         )
-    if (root / "manifest.csv").exists():
-        table = pd.read_csv(root / "manifest.csv")
-        lacking = {"file", "label", "subtype"} - set(table.columns)
-        if lacking:
-            raise ValueError(f"{root / 'manifest.csv'} lacks the columns {sorted(lacking)}.")
-        absent = [f for f in table["file"] if not (root / f).exists()]
-        if absent:
-            raise DataMissing(
-                f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
-                f"the first is {absent[0]}."
-            )
-    else:
-        files = sorted(p for p in root.glob("*/*") if p.suffix.lower() in PICTURES)
-        table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
-        table["label"] = table["subtype"] = [p.parent.name for p in files]
-        empty = [p.name for p in root.iterdir() if p.is_dir() and p.name not in set(table["label"])]
-        if empty:
-            raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
+    table = _listed(root) if (root / "manifest.csv").exists() else _found(root)
     if table["label"].nunique() != 2:
         raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
     table["path"] = [str(root / f) for f in table["file"]]
     table["id"] = [Path(f).stem for f in table["file"]]
+    _refuse_twice(table)
     return _split(table, seed, n_train, n_test)
+
+
+def _listed(root):
+    """Return the table in a folder's manifest.csv; every text in it is what it says, "None" too."""
+    table = pd.read_csv(root / "manifest.csv", dtype=str, keep_default_na=False)
+    lacking = {"file", "label", "subtype"} - set(table.columns)
+    if lacking:
+        raise ValueError(f"{root / 'manifest.csv'} lacks the columns {sorted(lacking)}.")
+    empty = table.index[(table[["file", "label", "subtype"]] == "").any(axis=1)]
+    if len(empty):
+        raise ValueError(f"{root / 'manifest.csv'}, line {empty[0] + 2}: a cell is empty.")
+    absent = [f for f in table["file"] if not (root / f).is_file()]
+    if absent:
+        raise DataMissing(
+            f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
+            f"the first is {absent[0]}."
+        )
+    return table
+
+
+def _found(root):
+    """Return the table of the pictures in a folder a class; hidden files and folders are none."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [p for home in folders for p in sorted(home.iterdir()) if _is_picture(p)]
+    table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
+    table["label"] = table["subtype"] = [p.parent.name for p in files]
+    empty = [p.name for p in folders if p.name not in set(table["label"])]
+    if empty:
+        raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
+    return table
+
+
+def _is_picture(path):
+    """Return whether a file is a picture; `._` files of macOS and other hidden ones are none."""
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+
+
+def _refuse_twice(table):
+    """Raise where a picture or an id occurs twice, or the same bytes under both classes."""
+    for column, what in (("path", "the same file"), ("id", "the same name")):
+        twice = table[table.duplicated(["label", "id"] if column == "id" else [column], keep=False)]
+        if len(twice):
+            first, second = twice.sort_values(["label", "id", "path"])["path"][:2]
+            raise ValueError(f"{first} and {second} have {what}: keep one, or rename it.")
+    table = table.assign(bytes=[Path(p).stat().st_size for p in table["path"]])
+    classes = table.groupby("bytes")["label"].transform("nunique")
+    for _, same in table[classes > 1].groupby("bytes"):  # only these can be equal
+        sums = [_checksum(Path(p)) for p in same["path"]]
+        for _, equal in same.groupby(sums):
+            if equal["label"].nunique() > 1:
+                first, second = equal.drop_duplicates("label")["path"][:2]
+                raise ValueError(f"{first} and {second} are one picture in two classes: keep one.")
 
 
 def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
@@ -170,7 +212,7 @@ def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
                 "training archive from image-net.org (an account is needed), unpack its six "
                 f"tars {', '.join(s for s, _ in SYNSETS.values())} to {root}, and run again."
             )
-        members = sorted(_members(path))
+        members = sorted(m for m in _members(path) if _is_picture(Path(m)))
         wanted = per_class if label == "airplane" else -(-per_class // 5)
         if len(members) < wanted:
             raise DataMissing(
@@ -220,35 +262,71 @@ def _split(table, seed, n_train, n_test):
 
 def read_bytes(path):
     """Return the bytes of a picture file or of a member of a tar ("a.tar!b.JPEG")."""
-    archive, _, member = str(path).partition("!")
-    if not member:
+    archive, _, member = str(path).partition(".tar!")
+    if not member or Path(path).is_file():
         return Path(path).read_bytes()
-    start, size = _members(archive)[member]
-    with open(archive, "rb") as stream:
+    start, size = _members(f"{archive}.tar")[member]
+    with open(f"{archive}.tar", "rb") as stream:
         stream.seek(start)
         return stream.read(size)
 
 
 @lru_cache(maxsize=16)
 def _members(path):
-    """Return {name: (offset, size)} of a tar's pictures, so that any member is one seek away."""
+    """Return {name: (offset, size)} of a tar's files, so that any member is one seek away."""
     try:
-        with tarfile.open(path) as tar:
-            return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+        with tarfile.open(path, "r:") as tar:  # not packed: a packed one has no offsets
+            found = {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
     except tarfile.TarError as error:
-        raise BadPicture(f"{path} is no readable tar ({error}): download it again.") from error
+        raise BadPicture(
+            f"{path} is no readable tar ({error}): unpack it if it is a .tar.gz, or download it "
+            "again."
+        ) from error
+    if any(start + size > Path(path).stat().st_size for start, size in found.values()):
+        raise BadPicture(f"{path} is cut off: download it again.")
+    return found
+
+
+MOST_PIXELS = 10**8  # of a picture: no photograph is larger
 
 
 def decode(data, path=""):
-    """Return an RGB picture (h, w, 3) uint8 from a file's bytes; a truncated one is refused."""
-    jpeg = data[:2] == b"\xff\xd8"
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    if picture is None or (jpeg and b"\xff\xd9" not in data[-4096:]):
+    """Return an RGB picture (h, w, 3) uint8 from a file's bytes.
+
+    Transparent parts show white, whatever colour is stored behind them. A truncated picture is
+    refused, and one whose header says more than MOST_PIXELS, before it takes memory.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as header:
+            pixels, transparent = np.prod(header.size), header.has_transparency_data
+        if pixels > MOST_PIXELS:
+            raise BadPicture(f"{path} says it has {pixels:,} pixels: more than {MOST_PIXELS:,}.")
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, SyntaxError, Image.DecompressionBombError, cv2.error):
+        picture = None
+    if picture is None or not _is_whole(data):
         raise BadPicture(
             f"{path} cannot be decoded ({len(data)} bytes, truncated or no picture): "
             "replace the file or remove it from the manifest."
         )
+    if transparent:
+        layers = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if layers.ndim == 3 and layers.shape[2] == 4:
+            alpha = layers[..., 3:] / np.iinfo(layers.dtype).max
+            picture = np.rint(picture * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def _is_whole(data):
+    """Return whether a JPEG, PNG or WebP file ends as it should."""
+    if data[:2] == b"\xff\xd8":
+        at = 2
+        while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # start of scan
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])  # a thumbnail has an end of its own
+        return b"\xff\xd9" in data[at:]
+    if data[:4] == b"RIFF":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return data[:4] != b"\x89PNG" or b"IEND" in data[-1024:]
 
 
 def resize(picture, size):
@@ -283,6 +361,7 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+MNIST_BYTES = dict(zip(MNIST_MD5, (47_040_016, 60_008, 7_840_016, 10_008), strict=True))
 
 
 def mnist(source, *, seed=0):
@@ -321,12 +400,22 @@ def _idx(name):
             f"instance with torchvision; the unpacked file has the md5 {MNIST_MD5[name]}. Put it "
             "there, or use mnist_source='keras' to let Keras download MNIST, and run again."
         )
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if hashlib.md5(data).hexdigest() != MNIST_MD5[name]:
+    size = MNIST_BYTES[name]
+    data = _at_most(size, path, gzip.open if path.suffix == ".gz" else open)
+    if len(data) != size or hashlib.md5(data).hexdigest() != MNIST_MD5[name]:
         raise ValueError(f"{path} is damaged: its content should have md5 {MNIST_MD5[name]}.")
     dimensions = data[3]
     shape = np.frombuffer(data, ">i4", dimensions, 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _at_most(size, path, open_it):
+    """Return the first size + 1 bytes of a file, packed or not: what is larger is not read."""
+    try:
+        with open_it(path, "rb") as stream:
+            return stream.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): get it again.") from error
 
 
 def two_classes(arrays, positive, negative):
@@ -344,6 +433,7 @@ def two_classes(arrays, positive, negative):
 # -------------------------------------------------------------------- hospital stays
 
 DIABETES_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
+DIABETES_BYTES = 19_159_383
 DIABETES_SHAPE = (101_766, 50)
 COUNTS = [
     "time_in_hospital",
@@ -402,7 +492,10 @@ def diabetes():
             "for years 1999-2008' from archive.ics.uci.edu/dataset/296, put the zip there as it "
             "is, and run again."
         )
-    data = _member(path, names[1]) if path.suffix == ".zip" else path.read_bytes()
+    if path.suffix == ".zip":
+        data = _member(path, names[1], DIABETES_BYTES)
+    else:
+        data = _at_most(DIABETES_BYTES, path, open)
     if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
         raise ValueError(f"{path} is damaged: {names[1]} should have sha256 {DIABETES_SHA256}.")
     table = pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
@@ -414,12 +507,21 @@ def diabetes():
     return Cohort(table.assign(readmitted=table["readmitted"] == "<30"), x, names)
 
 
-def _member(path, name):
-    """Return the bytes of the file called `name` in a zip, in whichever folder it is."""
+def _member(path, name, size):
+    """Return the bytes of the file called `name` in a zip, whose size is known."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.read(next(m for m in archive.namelist() if Path(m).name == name))
-    except (zipfile.BadZipFile, StopIteration) as error:
+            inside = next(m for m in archive.namelist() if Path(m).name == name)
+            with archive.open(inside) as stream:
+                return stream.read(size + 1)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        StopIteration,
+    ) as error:
         raise ValueError(f"{path} is no zip that holds {name}: download it again.") from error
 
 
@@ -503,8 +605,7 @@ def enron(*, seed=0, min_df=5):
 def _enron1(root):
     """Return the e-mails as (spam or ham/file name, bytes), sorted by name."""
     if (root / "enron1.tar.gz").exists():
-        with tarfile.open(root / "enron1.tar.gz") as tar:
-            found = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        found = _unpacked(root / "enron1.tar.gz", 10**8)
     elif (root / "enron1").is_dir():
         found = {str(p.relative_to(root)): p.read_bytes() for p in root.glob("enron1/*/*.txt")}
     else:
@@ -516,3 +617,19 @@ def _enron1(root):
         )
     parts = [(Path(name).parts[-2:], data) for name, data in sorted(found.items())]
     return [("/".join(p), data) for p, data in parts if p[0] in ("spam", "ham")]
+
+
+def _unpacked(path, most):
+    """Return {name: bytes} of a packed tar's files, or refuse more than `most` bytes in words."""
+    found, total = {}, 0
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                total += member.size
+                if total > most:
+                    raise ValueError(f"{path} unpacks to more than {most:,} bytes: get it again.")
+                if member.isfile():
+                    found[member.name] = tar.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole .tar.gz ({error}): get it again.") from error
+    return found

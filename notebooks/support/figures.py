@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image
 
-from support.claims import _plain as plain
+from support import stored
+from support.claims import plain
 from support.stored import folder
 
 
@@ -23,10 +24,11 @@ def save(figure, name, profile, **numbers):
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 100))
     plt.close(figure)
-    Raster.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    small = io.BytesIO()
+    Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True)
+    stored.write(path, small.getvalue())
     if numbers:
-        text = json.dumps(plain(numbers)) + "\n"
-        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        stored.write(path.with_suffix(".json"), json.dumps(plain(numbers)) + "\n")
     return Image(path)
 
 
@@ -96,9 +98,9 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
         axis.grid(False)
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, cmap="gray_r" if np.ndim(image) == 2 else None)
-        axis.set_xlabel(caption, fontsize=8, labelpad=3)
+        axis.set_xlabel(caption, fontsize=8, labelpad=3, parse_math=False)  # names of files
     for axis, text in zip(axes[:, 0], titles or [], strict=False):
-        axis.set_ylabel(text, fontsize=9)
+        axis.set_ylabel(text, fontsize=9, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=11)
     figure.file_dpi = 80  # pictures hold noise, which no compression makes small

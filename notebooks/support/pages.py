@@ -1,11 +1,17 @@
-"""The pages that are made from what is committed: the README's table and figures/*/VERDICTS.md."""
+"""Pages: the README's table and figures/*/VERDICTS.md from what is committed, notebooks as HTML."""
 
+import html
 import json
 import re
 from pathlib import Path
 
 import pandas as pd
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from support import stored
 from support.claims import OWN, PUBLISHED, committed, written
 from support.stored import ROOT, folder
 
@@ -75,7 +81,8 @@ def verdict_page(profile):
 
 
 def _markdown_row(cells):
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    cells = [cell.replace("<", "&lt;").replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(cells)} |"
 
 
 def _link(notebook, text, up=""):
@@ -93,10 +100,44 @@ def update_readme(path=None):
     path = Path(path or ROOT / "README.md")
     start, end = "<!-- notebooks -->", "<!-- end notebooks -->"
     head, rest = path.read_text(encoding="utf-8").split(start)
-    path.write_text(f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    stored.write(path, f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}")
     for profile in ("demo", "real"):
         page = folder("figures", profile) / "VERDICTS.md"
-        page.write_text(verdict_page(profile), encoding="utf-8")
+        stored.write(page, verdict_page(profile))
+
+
+# ---------------------------------------------------------------- notebooks as HTML
+
+OFFLINE = """{%- extends "lab/index.html.j2" -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+"""
+
+
+def of_notebook(notebook):
+    """Return an executed notebook as one HTML page that asks no other host for anything.
+
+    Formulas are MathML, which browsers draw by themselves.
+    """
+    exporter = HTMLExporter(raw_template=OFFLINE)
+    exporter.register_filter("markdown2html", MarkdownWithMath(renderer=_MathML(escape=False)))
+    return exporter.from_notebook_node(notebook)[0]
+
+
+class _MathML(IPythonRenderer):
+    def block_math(self, body):
+        return _formula(body, as_block=True)
+
+    def inline_math(self, body):
+        return _formula(body, as_block=False)
+
+
+def _formula(body, as_block):
+    try:
+        return tex2mathml(body, as_block=as_block)
+    except MathError:  # shown as it is written
+        return f"<code>{html.escape(body)}</code>"
 
 
 if __name__ == "__main__":

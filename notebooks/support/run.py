@@ -28,13 +28,13 @@ import nbformat
 import numpy as np
 import papermill
 import yaml
-from nbconvert import HTMLExporter
+from filelock import FileLock
 from tqdm import tqdm
 
+from support import pages
 from support.claims import DEFAULT, forget, read_record, written
-from support.pages import update_readme
 from support.start import PROFILES
-from support.stored import ROOT, data_root, folder, named_folder
+from support.stored import ROOT, data_root, folder, named_folder, write
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
@@ -147,8 +147,7 @@ def run(source, target, parameters=None):
         )
     executed = tidy(nbformat.read(partial, 4))
     nbformat.write(executed, partial)
-    body, _ = HTMLExporter().from_notebook_node(executed)
-    target.with_suffix(".html").write_text(body, encoding="utf-8")
+    write(target.with_suffix(".html"), pages.of_notebook(executed))
     partial.replace(target)
     return time.perf_counter() - started
 
@@ -226,9 +225,7 @@ def run_jobs(profile, left, at_once=1):
         while running or (left and not failed):
             while left and not failed and _may_start(left[0], running.values(), at_once):
                 job = left.pop(0)
-                _set_aside(target, job)
-                output = target / f"{job.name}.ipynb"
-                running[pool.submit(_attempt, job.path, output, job.parameters)] = job
+                running[pool.submit(_attempt, job, target)] = job
             bar.set_description(" ".join(job.number for job in running.values()))
             for task in wait(running, return_when=FIRST_COMPLETED).done:
                 job, (done, outcome) = running.pop(task), task.result()
@@ -263,10 +260,18 @@ def _set_aside(target, job):
         forget(target / "figures" / f"{job.number}_verdicts.json", job.dataset)
 
 
-def _attempt(source, target, parameters):
-    """Run a notebook; return whether it succeeded, and the seconds it took or why it failed."""
+def alone(target):
+    """Return the lock of an executed notebook: of two processes that run it one waits."""
+    return FileLock(target.with_name(f".{target.name}.lock"))
+
+
+def _attempt(job, folder):
+    """Run a Job; return whether it succeeded, and the seconds it took or why it failed."""
+    output = folder / f"{job.name}.ipynb"
     try:
-        return True, f"{run(source, target, parameters):5.0f} s"
+        with alone(output):
+            _set_aside(folder, job)
+            return True, f"{run(job.path, output, job.parameters):5.0f} s"
     except Exception as error:  # whatever stopped it, the reader wants the reason first
         name = getattr(error, "ename", type(error).__name__)  # of an exception in the notebook
         return False, f"FAILED\n\n{name}: {getattr(error, 'evalue', error)}\n"
@@ -319,11 +324,11 @@ def promote(profile, chosen):
             for old in target.glob(pattern):
                 old.unlink()
             for new in (runs / "figures").glob(pattern):
-                shutil.copy(new, target)
+                write(target / new.name, new.read_bytes())
         if profile == "demo":
             executed = tidy(nbformat.read(runs / notebook.name, 4), injected=False)
-            nbformat.write(executed, notebook)
-    update_readme()
+            write(notebook, nbformat.writes(executed) + "\n")
+    pages.update_readme()
 
 
 def _refuse_other_code(name, commit):

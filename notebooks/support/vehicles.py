@@ -1,13 +1,13 @@
 """Airplanes against cars as every study meets them: frozen features, labels, the fitted head."""
 
+import io
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import pandas as pd
 
-from helpers import retraining
-from helpers.objective import Objective
+from helpers import Objective, fit_head
 from support import datasets, stored
 from support.models import linear_head
 
@@ -32,21 +32,37 @@ class Vehicles(NamedTuple):
 
 def manifest(profile):
     """Return the manifest that notebook 00 wrote; an error names the notebook to run first."""
+    return _manifest(profile)[0]
+
+
+def _manifest(profile):
     path = stored.folder("data", "derived", profile) / "00_manifest.csv"
-    return pd.read_csv(stored.need(path, made_by="00_data_curation"), keep_default_na=False)
+    text, record = stored.get(path, made_by="notebook 00_data_curation")
+    return pd.read_csv(io.StringIO(text), keep_default_na=False), record["sha256"]
+
+
+def store_features(profile, phi):
+    """Store the features (rows, d) of the manifest's pictures, for `load`."""
+    table, made = _manifest(profile)
+    path = stored.folder("data", "derived", profile) / "01_features.npz"
+    stored.put(path, {"phi": phi}, manifest=made, pictures=datasets.fingerprint(table))
 
 
 def load(profile):
-    """Return the Vehicles of a profile; an error names the notebook to run first."""
-    table = manifest(profile)
-    path = stored.folder("data", "derived", profile) / "01_features.npy"
-    phi = np.load(stored.need(path, made_by="01_feature_extraction")).astype(float)
-    if len(phi) != len(table):
+    """Return the Vehicles of a profile; an error names the notebook to run first.
+
+    Features are refused that were measured on another manifest, or on other pictures.
+    """
+    table, made = _manifest(profile)
+    path = stored.folder("data", "derived", profile) / "01_features.npz"
+    arrays, record = stored.get(path, made_by="notebook 01_feature_extraction")
+    pictures = datasets.fingerprint(table)
+    if (record["manifest"], record["pictures"]) != (made, pictures):
         raise ValueError(
-            f"{path.name} holds {len(phi)} rows, the manifest {len(table)}: the pictures "
-            "changed since they were measured. Run notebook 01_feature_extraction again."
+            f"{path.name} was measured on other pictures than {len(table)} of today's manifest: "
+            "run notebook 01_feature_extraction again."
         )
-    return split(table, phi, positive="airplane")
+    return split(table, arrays["phi"].astype(float), positive="airplane")
 
 
 def split(manifest, phi, *, positive):
@@ -74,7 +90,7 @@ def fitted_head(data, weight_decay):
     logistic = keras.losses.BinaryCrossentropy(from_logits=True)
     model = linear_head(data.x_train.shape[1])
     objective = Objective(model, logistic, data.x_train, data.y_train, weight_decay=weight_decay)
-    fit = retraining.fit_head(objective)
+    fit = fit_head(objective)
     if not fit.converged:
         raise ValueError(f"The head did not converge ({fit}): raise the weight decay.")
     return objective

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import tasks
 
-from helpers import curvature, influence
-from helpers.ekfac import EKFAC
+from helpers import EKFAC, Cholesky, predicted_loss_change, solve
+from helpers.gradients import per_example_gradients
 
 PAIRS = {"softmax": ["dattri explicit"], "mlp": ["kronfluence ekfac", "kronfluence every-label"]}
 
@@ -26,11 +26,10 @@ def ours(task, data, ekfac):
     """Return the predicted loss changes (m, n) without the regulariser's share, as the peers do."""
     objective = tasks.bind(task, data, "float64")
     x, y = data["x_test"].astype(float), data["y_test"]
-    g, damping = curvature.per_example_gradients(objective, x, y).T, float(data["damping"])
-    solve = EKFAC(objective, damping=damping).solve if ekfac else None
-    s = solve(g) if ekfac else influence.ihvp(objective, g, solver="cholesky", damping=damping).x
+    g, damping = per_example_gradients(objective, x, y).T, float(data["damping"])
+    s = solve(objective, g, (EKFAC if ekfac else Cholesky)(damping)).x
     share = (objective.decay * objective.theta @ s)[:, None] / objective.n
-    return influence.predicted_loss_change(objective, s) - share
+    return predicted_loss_change(objective, s) - share
 
 
 def theirs(python, method, task):

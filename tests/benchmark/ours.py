@@ -8,7 +8,7 @@ import scipy.linalg
 import tasks
 import tensorflow as tf
 
-from helpers import influence
+from helpers import CG, Cholesky, predicted_loss_change, s_test
 
 tf.get_logger().setLevel("ERROR")
 
@@ -24,16 +24,13 @@ def prepare(method, task, data):
     y = y.astype(dtype) if task == "t1" else y
     if library == "naive":
         return naive(objective, x, y, data, kind)
-    options = {"solver": kind, "damping": float(data["damping"])}
-    if kind == "cg":
-        options["rtol"] = 1e-3
+    damping = float(data["damping"])
+    solver = CG(damping, rtol=1e-3) if kind == "cg" else Cholesky(damping)
 
     def run():
-        return influence.predicted_loss_change(
-            objective, influence.s_test(objective, x, y, **options)
-        )
+        return predicted_loss_change(objective, s_test(objective, x, y, solver))
 
-    return run, f"{dtype} products, vectors in float64, {options}"
+    return run, f"{dtype} products, vectors in float64, {solver}"
 
 
 def closed_form(data, dtype):
@@ -59,11 +56,11 @@ def naive(objective, x, y, data, kind, few=2):
     tensors, damping = objective.tensors, float(data["damping"])
     decay = tf.constant(objective.decay, objective.dtype)
     theta = tf.constant(objective.theta, objective.dtype)
-    xs, ys, _ = objective._data
+    xs, ys, _ = objective.data.first(objective.n)
 
     def gradient(x_one, y_one):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(objective.example_losses(x_one, y_one))
+            loss = tf.reduce_mean(objective.loss(x_one, y_one))
         return objective.flatten(tape.gradient(loss, tensors))
 
     def product(v):
@@ -73,7 +70,7 @@ def naive(objective, x, y, data, kind, few=2):
 
     def gradient_of_all():
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(objective.example_losses(xs, ys))
+            loss = tf.reduce_mean(objective.loss(xs, ys))
         return objective.flatten(tape.gradient(loss, tensors))
 
     if kind == "compiled":

@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from helpers import CG, Cholesky, fit_head, predicted_loss_change, s_test, solve
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(HERE)]
@@ -86,8 +88,6 @@ def scaling():
     import ours as methods
     import tasks
 
-    from helpers import influence
-
     base, rows = {"n": 2000, "d": 1024, "m": 100}, []
     sweeps = {"n": (500, 1000, 2000, 4000, 8000), "d": (128, 256, 512, 1024, 2048)}
     sweeps["m"] = (1, 10, 100, 1000, 4000)
@@ -112,8 +112,8 @@ def scaling():
                 )
 
             def ours(objective, data=data):
-                s = influence.s_test(objective, data["x_test"], data["y_test"], solver="cholesky")
-                return influence.predicted_loss_change(objective, s)
+                s = s_test(objective, data["x_test"], data["y_test"], Cholesky())
+                return predicted_loss_change(objective, s)
 
             kept = bound()
             naive, _ = methods.naive(bound(), xt, yt, data, "compiled", few=1)
@@ -141,7 +141,6 @@ def together():
     """
     import tasks
 
-    from helpers import influence, retraining
     from support import evaluation
 
     tasks.keras.config.set_dtype_policy("float64")
@@ -149,20 +148,20 @@ def together():
     x, y = data["x_train"].astype(float), data["y_train"]
     model = tasks.models.linear_head(64, 10)
     objective = tasks.Objective(model, tasks.LOSSES["t3"], x, y, weight_decay=0.01)
-    retraining.fit_head(objective)
+    fit_head(objective)
     b = np.random.default_rng(0).normal(size=(objective.p, 64))
 
-    def solve(columns, solver):
-        return influence.ihvp(objective, columns, solver=solver, rtol=1e-6)
+    def solved(columns, solver):
+        return solve(objective, columns, solver(rtol=1e-6))
 
     def one_by_one():
-        return [solve(b[:, j : j + 1], "cg") for j in range(64)]
+        return [solved(b[:, j : j + 1], CG) for j in range(64)]
 
     return {
         "64 single CG solves / block CG": 1
-        / evaluation.time_ratio(lambda: solve(b, "cg"), one_by_one),
+        / evaluation.time_ratio(lambda: solved(b, CG), one_by_one),
         "Cholesky of 64 columns / of one": evaluation.time_ratio(
-            lambda: solve(b, "cholesky"), lambda: solve(b[:, :1], "cholesky")
+            lambda: solved(b, Cholesky), lambda: solved(b[:, :1], Cholesky)
         ),
     }
 

@@ -32,8 +32,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("."
 import keras
 import numpy as np
 
-from helpers import curvature, ekfac, influence, retraining
-from helpers.objective import Objective
+from helpers import (
+    CG,
+    Cholesky,
+    GaussNewton,
+    Objective,
+    Removals,
+    fit_head,
+    most_influential,
+    predicted_loss_change,
+    s_test,
+)
+from helpers.ekfac import Blocks
+from helpers.gradients import per_example_gradients
 from support import models
 from support.stored import ROOT
 
@@ -99,9 +110,9 @@ def measure(n, path):
         objective = Objective(models.linear_head(D), loss, x, y, **options)
         objective.theta = 0.1 * rng.normal(size=D) / np.sqrt(D)
         works = {
-            "gradient": lambda _: curvature.loss_gradient(objective),
-            "s_test": lambda _: influence.s_test(objective, x_test, y_test, damping=0.0),
-            "top": lambda done: influence.most_influential(objective, done["s_test"], K),
+            "gradient": lambda _: objective.gradient(),
+            "s_test": lambda _: s_test(objective, x_test, y_test, damping=0.0),
+            "top": lambda done: most_influential(objective, done["s_test"], K),
         }
         results, seconds = timed(works)
     assert results["s_test"].converged.all()
@@ -118,13 +129,12 @@ def measure_digits():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     with peak_memory() as peak:
         objective = Objective(models.linear_head(784, 10), loss, x, y, weight_decay=0.01)
-        options = {"solver": "cholesky", "damping": 0.0}
         rows = np.arange(500)
         works = {
-            "fit": lambda _: retraining.fit_head(objective),
-            "s_test": lambda _: influence.s_test(objective, x[:15], y[:15], **options),
-            "influences": lambda done: influence.predicted_loss_change(objective, done["s_test"]),
-            "removals": lambda _: retraining.Removals(objective),
+            "fit": lambda _: fit_head(objective),
+            "s_test": lambda _: s_test(objective, x[:15], y[:15], Cholesky(0.0)),
+            "influences": lambda done: predicted_loss_change(objective, done["s_test"]),
+            "removals": lambda _: Removals(objective),
             "newton": lambda done: done["removals"].newton_loss_change(x[:15], y[:15], rows),
         }
         results, seconds = timed(works)
@@ -146,13 +156,13 @@ def measure_backbone(name):
     with peak_memory() as peak:
         whole = Objective(model, loss, x, y, weight_decay=1e-3)
         part = Objective(model, loss, x, y, weight_decay=1e-3, parameters=layers)
-        cg = {"solver": "cg", "gauss_newton": True, "damping": 0.01, "rtol": 1e-3}
-        b = curvature.per_example_gradients(part, x[:2], y[:2]).T
+        gauss_newton, cg = GaussNewton(whole), CG(0.01, rtol=1e-3, precondition=None)
+        b = per_example_gradients(part, x[:2], y[:2]).T
         works = {
-            "cg": lambda _: influence.s_test(whole, x[:2], y[:2], **cg),
-            "ekfac_factors": lambda _: ekfac.EKFAC(part, damping=0.01),
+            "cg": lambda _: s_test(gauss_newton, x[:2], y[:2], cg),
+            "ekfac_factors": lambda _: Blocks(part, 0.01),
             "ekfac_solve": lambda done: done["ekfac_factors"].solve(b),
-            "influences": lambda done: influence.predicted_loss_change(part, done["ekfac_solve"]),
+            "influences": lambda done: predicted_loss_change(part, done["ekfac_solve"]),
         }
         results, seconds = timed(works)
     assert results["cg"].converged.all()

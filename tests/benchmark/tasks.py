@@ -21,8 +21,8 @@ import scipy.optimize
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from helpers import curvature, influence, retraining, spectrum
-from helpers.objective import Objective
+from helpers import CG, Hessian, Objective, fit_head, predicted_loss_change, solve, spectrum
+from helpers.gradients import per_example_gradients
 from support import models, stored
 
 FOLDER = stored.folder("data", "derived", "benchmark")
@@ -94,9 +94,9 @@ def _t1(n=2000, m=600, d=2048, rank=96):
     data = {"x_train": x[:n], "y_train": y[:n], "x_test": x[n:], "y_test": y[n:]}
     data |= {"weight_decay": 0.01, "damping": 0.0}
     objective = bind("t1", data, "float64")
-    fit = retraining.fit_head(objective)
+    fit = fit_head(objective)
     data |= {"theta": objective.theta, "gradient_norm": fit.gradient_norm}
-    g = curvature.per_example_gradients(objective, x[n:].astype(float), y[n:].astype(float))
+    g = per_example_gradients(objective, x[n:].astype(float), y[n:].astype(float))
     return data | _reference(objective, data, objective.head.hessian(objective.theta), g)
 
 
@@ -118,7 +118,7 @@ def _trained(task, data, rounds):
     @tf.function(reduce_retracing=True)
     def loss_and_gradient():
         with tf.GradientTape() as tape:
-            total = tf.reduce_mean(objective.example_losses(*objective._data[:2]))
+            total = tf.reduce_mean(objective.loss(*objective.data.first(objective.n)[:2]))
             total += objective.decay[0] / 2 * tf.add_n([tf.reduce_sum(t**2) for t in tensors])
         return total, tape.gradient(total, tensors)
 
@@ -139,10 +139,10 @@ def _trained(task, data, rounds):
     others = np.setdiff1d(np.arange(len(losses)), hardest)
     chosen = np.concatenate([hardest, np.random.default_rng(5).choice(others, 5, replace=False)])
     data |= {"x_test": data["x_test"][chosen], "y_test": data["y_test"][chosen]}
-    norm = np.linalg.norm(curvature.loss_gradient(objective))
+    norm = np.linalg.norm(objective.gradient())
     data |= {"theta": objective.theta, "gradient_norm": norm}
     x_test = data["x_test"].astype(float)
-    return objective, curvature.per_example_gradients(objective, x_test, data["y_test"])
+    return objective, per_example_gradients(objective, x_test, data["y_test"])
 
 
 def _t3():
@@ -155,7 +155,7 @@ def _t3():
     def hessian_rows(block):
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
-                loss = tf.reduce_mean(objective.example_losses(*objective._data[:2]))
+                loss = tf.reduce_mean(objective.loss(*objective.data.first(objective.n)[:2]))
             gradient = objective.flatten(inner.gradient(loss, objective.tensors))
             picked = tf.gather(gradient, block)
         rows = outer.jacobian(picked, objective.tensors, experimental_use_pfor=False)
@@ -179,9 +179,7 @@ def _t4():
     objective, gradients = _trained("t4", data, 300)
     damping = max(0.01, spectrum.choose_damping(objective).value)
     data["damping"] = damping
-    solved = influence.ihvp(
-        objective, gradients.T, solver="cg", damping=damping, rtol=1e-10, max_steps=3000
-    )
+    solved = solve(Hessian(objective), gradients.T, CG(damping=damping, rtol=1e-10, max_steps=3000))
     print(f"T4: {solved}")
     assert solved.converged.all()
     return data | _dots(objective, solved.x) | {"cg_steps": _steps(objective, gradients, damping)}
@@ -189,8 +187,8 @@ def _t4():
 
 def _steps(objective, gradients, damping):
     """Return the steps that plain CG needs in float64 for a relative residual of 1e-3."""
-    solved = influence.ihvp(
-        objective, gradients.T, solver="cg", damping=damping, rtol=1e-3, precondition=None
+    solved = solve(
+        Hessian(objective), gradients.T, CG(damping=damping, rtol=1e-3, precondition=None)
     )
     return int(solved.steps.max())
 
@@ -203,6 +201,6 @@ def _reference(objective, data, h, gradients):
 
 def _dots(objective, s):
     """Return the predicted loss changes (m, n), with and without the regulariser's share."""
-    change = influence.predicted_loss_change(objective, s)
+    change = predicted_loss_change(objective, s)
     share = (objective.decay * objective.theta @ s)[:, None] / objective.n
     return {"change": change, "change_without_share": change - share}

@@ -6,9 +6,17 @@ import pytest
 from conftest import SOFTMAX, ridge
 from sklearn.linear_model import LogisticRegression
 
-from helpers import retraining
-from helpers.objective import Objective
-from studies import many_fits
+from helpers import (
+    Objective,
+    Removals,
+    fit,
+    fit_head,
+    predicted_loss_change,
+    s_test,
+    self_influence,
+)
+from helpers.fit import newton
+from studies import leave_one_out, many_fits
 from support import stored
 
 
@@ -24,7 +32,7 @@ def test_exact_leave_one_out_equals_scikit_learn(binary):
     """C4: C' = 1 / ((n - 1) wd)."""
     wd, n = binary.weight_decay, len(binary.x)
     rows = np.array([0, 17, 101])
-    thetas = retraining.Removals(binary.objective).exact(rows)
+    thetas = Removals(binary.objective).exact(rows)
     for k, i in enumerate(rows):
         keep = np.arange(n) != i
         reference = LogisticRegression(
@@ -36,7 +44,7 @@ def test_exact_leave_one_out_equals_scikit_learn(binary):
 @pytest.mark.parametrize("name", ["binary", "softmax"])
 def test_every_left_out_gradient_vanishes(name, request):
     problem = request.getfixturevalue(name)
-    removals = retraining.Removals(problem.objective)
+    removals = Removals(problem.objective)
     rows = np.arange(len(problem.x))
     thetas = removals.exact(rows, batch=64)
     for i in rows[::17]:
@@ -55,10 +63,9 @@ def test_every_left_out_gradient_vanishes(name, request):
 
 @pytest.mark.parametrize("name", ["binary", "softmax"])
 def test_the_ladder_gets_better_with_every_rung(name, request):
-    from helpers.influence import predicted_loss_change, s_test
 
     problem = request.getfixturevalue(name)
-    removals = retraining.Removals(problem.objective)
+    removals = Removals(problem.objective)
     thetas = removals.exact(np.arange(len(problem.x)))
     actual = removals.loss_change(thetas, problem.x_test, problem.y_test)
     first = predicted_loss_change(
@@ -69,7 +76,7 @@ def test_the_ladder_gets_better_with_every_rung(name, request):
 
 
 def test_newton_matrix_is_the_evaluated_newton_step(binary):
-    removals = retraining.Removals(binary.objective)
+    removals = Removals(binary.objective)
     steps = removals.newton_steps(np.arange(len(binary.x)))
     direct = removals.loss_change(
         binary.objective.theta[:, None] + steps, binary.x_test, binary.y_test
@@ -82,7 +89,7 @@ def test_newton_matrix_is_the_evaluated_newton_step(binary):
 def test_newton_changes_of_some_rows_are_those_of_the_matrix(name, request):
     """In any order, all of them backwards too."""
     problem = request.getfixturevalue(name)
-    removals = retraining.Removals(problem.objective)
+    removals = Removals(problem.objective)
     whole = removals.newton_loss_change(problem.x_test, problem.y_test)
     for rows in (np.array([3, 99, 7]), np.arange(len(problem.x))[::-1]):
         some = removals.newton_loss_change(problem.x_test, problem.y_test, rows)
@@ -90,7 +97,7 @@ def test_newton_changes_of_some_rows_are_those_of_the_matrix(name, request):
 
 
 def test_leverage_lies_between_zero_and_one(softmax):
-    leverage = retraining.Removals(softmax.objective).leverage
+    leverage = Removals(softmax.objective).leverage
     assert leverage.shape == (len(softmax.x),)
     assert (leverage > 0).all()
     assert (leverage < 1).all()
@@ -99,12 +106,12 @@ def test_leverage_lies_between_zero_and_one(softmax):
 def test_a_separable_problem_without_decay_is_refused(binary):
     objective = binary.bind(weight_decay=0.0)
     with pytest.raises(ValueError, match="weight decay"):
-        retraining.fit_head(objective)
+        fit_head(objective)
 
 
 def test_a_network_has_no_exact_fit(network):
     with pytest.raises(ValueError, match="last_layer"):
-        retraining.fit_head(network[0])
+        fit_head(network[0])
 
 
 def test_weighted_fit_drops_a_point(softmax):
@@ -122,8 +129,8 @@ def test_weighted_fit_drops_a_point(softmax):
         decayed="all",
         sample_weight=weight * n / (n - 1),
     )
-    retraining.fit_head(weighted)
-    exact = retraining.Removals(softmax.objective).exact([i])[:, 0]
+    fit_head(weighted)
+    exact = Removals(softmax.objective).exact([i])[:, 0]
     np.testing.assert_allclose(weighted.theta, exact, atol=1e-8)
 
 
@@ -132,38 +139,38 @@ def test_fits_by_conjugate_gradients_reach_the_same_minimum(name, request, monke
     """What many parameters take, forced on few."""
     problem = request.getfixturevalue(name)
     expected, objective = problem.objective.theta, problem.bind()
-    monkeypatch.setattr(retraining, "DENSE_FIT", 0)
-    theta, steps = retraining.newton(objective.head, np.zeros(objective.p), 1e-11, 100)
+    monkeypatch.setattr(fit, "DENSE_FIT", 0)
+    theta, steps = newton(objective.head, np.zeros(objective.p), 1e-11, 100)
     assert steps < 30
     np.testing.assert_allclose(theta, expected, atol=1e-8)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(softmax, tmp_path, monkeypatch):
     """Nothing is lost, nothing is computed twice, and no number changes."""
-    removals, rows = retraining.Removals(softmax.objective), np.arange(12)
+    removals, rows = Removals(softmax.objective), np.arange(12)
     whole = removals.exact(rows, batch=4)
-    work, done, keep = removals._exact, [], stored.checkpoint(tmp_path)
+    work, done, keep = removals.exact, [], stored.checkpoint(tmp_path)
 
-    def interrupted(part, *rest):
+    def interrupted(part):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(part)
-        return work(part, *rest)
+        return work(part)
 
-    monkeypatch.setattr(removals, "_exact", interrupted)
+    monkeypatch.setattr(removals, "exact", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        removals.exact(rows, batch=4, checkpoint=keep)
+        leave_one_out.refits(removals, rows, keep, size=4)
     done.clear()
-    resumed = removals.exact(rows, batch=4, checkpoint=stored.checkpoint(tmp_path))
+    resumed = leave_one_out.refits(removals, rows, stored.checkpoint(tmp_path), size=4)
     assert [part.tolist() for part in done] == [[8, 9, 10, 11]]
     np.testing.assert_array_equal(resumed, whole)
-    other = retraining.Removals(softmax.bind(weight_decay=0.02))
-    different = other.exact(rows, batch=4, checkpoint=keep)  # other data: other files
+    other = Removals(softmax.bind(weight_decay=0.02))
+    different = leave_one_out.refits(other, rows, keep, size=4)  # other data: other files
     assert np.abs(different - whole).max() > 1e-6
 
 
 def test_group_refits_are_scikit_learns(binary):
-    removals = retraining.Removals(binary.objective)
+    removals = Removals(binary.objective)
     groups = [np.arange(10), np.arange(30, 90)]
     thetas = removals.exact_groups(groups)
     for group, theta in zip(groups, thetas.T, strict=True):
@@ -180,9 +187,9 @@ def test_group_refits_are_scikit_learns(binary):
 @pytest.mark.parametrize("dense_up_to", [0, 3000])
 def test_a_group_newton_step_is_exact_for_squared_loss(dense_up_to, monkeypatch):
     """By CG too: a step cut short as inside a fit would not be."""
-    monkeypatch.setattr(retraining, "DENSE_FIT", dense_up_to)
+    monkeypatch.setattr(fit, "DENSE_FIT", dense_up_to)
     objective, *_ = ridge(30, 4, 0.3)
-    removals, group = retraining.Removals(objective), np.arange(12)
+    removals, group = Removals(objective), np.arange(12)
     step = removals.group_newton_step(group)
     exact = removals.exact_groups([group])[:, 0]
     np.testing.assert_allclose(objective.theta + step, exact, atol=1e-10)
@@ -200,7 +207,7 @@ def test_many_fits_equal_one_by_one(name, request):
         model = keras.models.clone_model(problem.model)
         options = {"weight_decay": problem.weight_decay, "decayed": "all"}
         other = Objective(model, problem.loss, problem.x, labels[:, j], **options)
-        retraining.fit_head(other)
+        fit_head(other)
         np.testing.assert_allclose(fits.theta[:, j], other.theta, atol=1e-8)
 
 
@@ -209,7 +216,7 @@ def test_many_fits_with_weights_leave_points_out(binary):
     weight = np.ones((len(binary.x), 2))
     weight[[4, 9], [0, 1]] = 0
     labels = np.repeat(np.asarray(binary.y)[:, None], 2, 1)
-    exact = retraining.Removals(binary.objective).exact([4, 9])
+    exact = Removals(binary.objective).exact([4, 9])
     for start in (None, exact + 0.1):
         fits = many_fits.fit_many(binary.objective, labels, weight=weight, start=start, tol=1e-10)
         np.testing.assert_allclose(fits.theta, exact, atol=1e-8)
@@ -217,7 +224,7 @@ def test_many_fits_with_weights_leave_points_out(binary):
     options = {"weight_decay": 0.01, "decayed": "all"}
     model = keras.models.clone_model(binary.model)
     objective = Objective(model, binary.loss, sparse, binary.y, **options)
-    retraining.fit_head(objective)
+    fit_head(objective)
     fits = many_fits.fit_many(objective, labels, tol=1e-10)
     np.testing.assert_allclose(fits.theta[:, 1], objective.theta, atol=1e-8)
 
@@ -230,7 +237,7 @@ def test_many_fits_refuse_what_they_cannot_do(binary):
 @pytest.mark.parametrize("name", ["binary", "softmax"])
 def test_left_out_losses_are_those_of_the_newton_steps(name, request):
     problem = request.getfixturevalue(name)
-    removals, head = retraining.Removals(problem.objective), problem.objective.head
+    removals, head = Removals(problem.objective), problem.objective.head
     rows = np.arange(head.n)
     thetas = removals.theta[:, None] + removals.newton_steps(rows)
     each = [
@@ -242,11 +249,10 @@ def test_left_out_losses_are_those_of_the_newton_steps(name, request):
 
 @pytest.mark.parametrize("name", ["binary", "softmax"])
 def test_self_influence_from_the_factor_of_the_removals(name, request):
-    from helpers.influence import self_influence
 
     problem = request.getfixturevalue(name)
     expected = self_influence(problem.objective, problem.x, problem.y)
-    found = retraining.Removals(problem.objective).self_influence()
+    found = Removals(problem.objective).self_influence()
     np.testing.assert_allclose(found, expected, rtol=1.5 / len(problem.x))
 
 
@@ -256,5 +262,5 @@ def test_a_relabelled_head_is_the_head_of_those_labels(binary):
     relabelled = Objective(model, binary.loss, binary.x, binary.y, **options)
     relabelled.head.relabel(labels)
     fresh = Objective(model, binary.loss, binary.x, labels, **options)
-    ours, theirs = (retraining.Removals(o).self_influence() for o in (relabelled, fresh))
+    ours, theirs = (Removals(o).self_influence() for o in (relabelled, fresh))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)

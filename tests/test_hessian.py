@@ -10,8 +10,9 @@ import pytest
 import tensorflow as tf
 from conftest import SOFTMAX
 
-from helpers import curvature
-from helpers.objective import Objective
+from helpers import GaussNewton, Hessian, Objective, gradients, keras_facts
+from helpers.gradients import gradient_dots, per_example_gradients
+from helpers.hessian import _gnvp, _hvp
 
 
 def finite_difference_hessian(objective, step=1e-5):
@@ -19,9 +20,9 @@ def finite_difference_hessian(objective, step=1e-5):
     theta, columns = objective.theta, []
     for e in np.eye(objective.p) * step:
         objective.theta = theta + e
-        up = curvature.loss_gradient(objective)
+        up = objective.gradient()
         objective.theta = theta - e
-        columns.append((up - curvature.loss_gradient(objective)) / (2 * step))
+        columns.append((up - objective.gradient()) / (2 * step))
     objective.theta = theta
     return np.array(columns)
 
@@ -29,7 +30,7 @@ def finite_difference_hessian(objective, step=1e-5):
 def test_gradient_is_the_slope_of_the_loss(network):
     objective, *_ = network
     theta, step = objective.theta, 1e-6
-    gradient = curvature.loss_gradient(objective)
+    gradient = objective.gradient()
     for k in range(0, objective.p, 7):
         e = np.zeros(objective.p)
         e[k] = step
@@ -45,15 +46,15 @@ def test_hvp_matches_finite_differences(network):
     objective, *_ = network
     h = finite_difference_hessian(objective)
     v = np.random.default_rng(0).normal(size=(objective.p, 3))
-    np.testing.assert_allclose(curvature.hvp(objective, v), h @ v, atol=1e-8)
-    np.testing.assert_allclose(curvature.hvp(objective, v[:, 0]), h @ v[:, 0], atol=1e-8)
-    np.testing.assert_allclose(curvature.dense_hessian(objective), h, atol=1e-8)
+    np.testing.assert_allclose(Hessian(objective) @ v, h @ v, atol=1e-8)
+    np.testing.assert_allclose(Hessian(objective) @ v[:, 0], h @ v[:, 0], atol=1e-8)
+    np.testing.assert_allclose(Hessian(objective).dense(), h, atol=1e-8)
 
 
 def test_dense_hessian_does_not_hang_on_the_order_of_the_variables(network):
     """It is computed layer by layer, in the order of the variables, and only from there on."""
     objective, x, y = network
-    theta, h = objective.theta, curvature.dense_hessian(objective)
+    theta, h = objective.theta, Hessian(objective).dense()
     turned = objective.variables[::-1]
     other = Objective(
         objective.model, SOFTMAX, x, y, weight_decay=0.05, parameters=turned, batch_size=13
@@ -61,7 +62,7 @@ def test_dense_hessian_does_not_hang_on_the_order_of_the_variables(network):
     positions = np.split(np.arange(objective.p), np.cumsum(objective.sizes)[:-1])
     order = np.concatenate(positions[::-1])
     np.testing.assert_array_equal(other.theta, theta[order])
-    np.testing.assert_allclose(curvature.dense_hessian(other), h[np.ix_(order, order)], atol=1e-14)
+    np.testing.assert_allclose(Hessian(other).dense(), h[np.ix_(order, order)], atol=1e-14)
 
 
 class WithALayerThatIsNotUsed(keras.Model):
@@ -77,8 +78,8 @@ class WithALayerThatIsNotUsed(keras.Model):
 def test_a_layer_that_is_not_used_curves_by_its_decay_alone():
     x, y = np.random.default_rng(10).normal(size=(20, 4)), np.arange(20) % 2
     objective = Objective(WithALayerThatIsNotUsed(), SOFTMAX, x, y, weight_decay=0.1, decayed="all")
-    h = curvature.dense_hessian(objective)
-    np.testing.assert_allclose(h, curvature.hvp(objective, np.eye(objective.p)), atol=1e-14)
+    h = Hessian(objective).dense()
+    np.testing.assert_allclose(h, Hessian(objective) @ np.eye(objective.p), atol=1e-14)
     assert objective.p == 10 + 15
     np.testing.assert_array_equal(h[-15:], 0.1 * np.eye(objective.p)[-15:])
 
@@ -87,7 +88,7 @@ def test_hvp_is_symmetric(network):
     objective, *_ = network
     u, v = np.random.default_rng(1).normal(size=(2, objective.p))
     np.testing.assert_allclose(
-        u @ curvature.hvp(objective, v), v @ curvature.hvp(objective, u), rtol=1e-12
+        u @ (Hessian(objective) @ v), v @ (Hessian(objective) @ u), rtol=1e-12
     )
 
 
@@ -96,13 +97,13 @@ def test_head_closed_forms_equal_automatic_differentiation(name, request):
     problem = request.getfixturevalue(name)
     objective = problem.objective
     v = np.random.default_rng(2).normal(size=(objective.p, 4))
-    general = curvature._hvp(objective, v)
-    np.testing.assert_allclose(curvature.hvp(objective, v), general, atol=1e-14)
-    np.testing.assert_allclose(curvature.dense_hessian(objective) @ v, general, atol=1e-13)
-    np.testing.assert_allclose(curvature._gnvp(objective, v), general, atol=1e-13)
+    general = _hvp(objective, tf.constant(v)).numpy()
+    np.testing.assert_allclose(Hessian(objective) @ v, general, atol=1e-14)
+    np.testing.assert_allclose(Hessian(objective).dense() @ v, general, atol=1e-13)
+    np.testing.assert_allclose(_gnvp(objective, tf.constant(v)), general, atol=1e-13)
     np.testing.assert_allclose(
-        curvature.per_example_gradients(objective, problem.x_test, problem.y_test),
-        curvature._loss_gradients(
+        per_example_gradients(objective, problem.x_test, problem.y_test),
+        gradients._loss_gradients(
             objective, tf.constant(problem.x_test), tf.constant(problem.y_test)
         ),
         atol=1e-13,
@@ -111,7 +112,7 @@ def test_head_closed_forms_equal_automatic_differentiation(name, request):
 
 def test_gauss_newton_is_positive_and_not_the_hessian(network):
     objective, *_ = network
-    g, h = curvature.dense_gauss_newton(objective), curvature.dense_hessian(objective)
+    g, h = GaussNewton(objective).dense(), Hessian(objective).dense()
     assert np.linalg.eigvalsh(g)[0] >= -1e-12
     assert np.linalg.norm(g - h) > 0.01 * np.linalg.norm(h)
 
@@ -126,16 +127,16 @@ def test_gauss_newton_from_jacobians(network):
     p = tf.nn.softmax(outputs).numpy()
     a = p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None, :]
     expected = np.einsum("nap,nab,nbq->pq", j, a, j) / len(x) + np.diag(objective.decay)
-    np.testing.assert_allclose(curvature.dense_gauss_newton(objective), expected, atol=1e-12)
+    np.testing.assert_allclose(GaussNewton(objective).dense(), expected, atol=1e-12)
 
 
 def test_gradient_dots_equal_per_example_gradients(network):
     objective, x, y = network
-    gradients = curvature.per_example_gradients(objective, x, y)
+    gradients = per_example_gradients(objective, x, y)
     v = np.random.default_rng(4).normal(size=(objective.p, 6))
     for columns in (v[:, :1], v):  # the two paths: double VJP, and GEMM
         np.testing.assert_allclose(
-            curvature.gradient_dots(objective, columns), columns.T @ gradients.T, atol=1e-12
+            gradient_dots(objective, columns), columns.T @ gradients.T, atol=1e-12
         )
 
 
@@ -145,14 +146,10 @@ def test_results_do_not_depend_on_the_batch_size(network, batch_size):
     objective, x, y = network
     other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, batch_size=batch_size)
     v = np.random.default_rng(5).normal(size=objective.p)
-    np.testing.assert_allclose(curvature.hvp(other, v), curvature.hvp(objective, v), atol=1e-13)
+    np.testing.assert_allclose(Hessian(other) @ v, Hessian(objective) @ v, atol=1e-13)
+    np.testing.assert_allclose(other.gradient(), objective.gradient(), atol=1e-13)
     np.testing.assert_allclose(
-        curvature.loss_gradient(other), curvature.loss_gradient(objective), atol=1e-13
-    )
-    np.testing.assert_allclose(
-        curvature.gradient_dots(other, v[:, None]),
-        curvature.gradient_dots(objective, v[:, None]),
-        atol=1e-13,
+        gradient_dots(other, v[:, None]), gradient_dots(objective, v[:, None]), atol=1e-13
     )
     assert other.training_loss() == pytest.approx(objective.training_loss(), abs=1e-13)
 
@@ -160,7 +157,7 @@ def test_results_do_not_depend_on_the_batch_size(network, batch_size):
 def test_a_tf_data_set_and_a_memory_map_give_the_same(network, tmp_path):
     objective, x, y = network
     v = np.random.default_rng(6).normal(size=(objective.p, 2))
-    expected = curvature.hvp(objective, v)
+    expected = Hessian(objective) @ v
     stream = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -168,23 +165,19 @@ def test_a_tf_data_set_and_a_memory_map_give_the_same(network, tmp_path):
     on_disk = Objective(objective.model, SOFTMAX, mapped, y, weight_decay=0.05, batch_size=10)
     for other in (streamed, on_disk):
         assert other.n == len(x)
-        np.testing.assert_allclose(curvature.hvp(other, v), expected, atol=1e-13)
-        np.testing.assert_allclose(
-            curvature.gradient_dots(other, v), curvature.gradient_dots(objective, v), atol=1e-13
-        )
+        np.testing.assert_allclose(Hessian(other) @ v, expected, atol=1e-13)
+        np.testing.assert_allclose(gradient_dots(other, v), gradient_dots(objective, v), atol=1e-13)
 
 
 def test_vectorised_and_looped_paths_agree(network, monkeypatch):
     objective, x, y = network
     v = np.random.default_rng(7).normal(size=(objective.p, 3))
-    expected = curvature.hvp(objective, v), curvature.per_example_gradients(objective, x, y)
+    expected = Hessian(objective) @ v, per_example_gradients(objective, x, y)
     other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05)
-    monkeypatch.setattr(curvature, "VECTORISABLE", set())
-    assert not curvature.is_vectorisable(other)
-    np.testing.assert_allclose(curvature.hvp(other, v), expected[0], atol=1e-13)
-    np.testing.assert_allclose(
-        curvature.per_example_gradients(other, x, y), expected[1], atol=1e-13
-    )
+    monkeypatch.setattr(keras_facts, "VECTORISABLE", set())
+    assert not gradients.is_vectorisable(other)
+    np.testing.assert_allclose(Hessian(other) @ v, expected[0], atol=1e-13)
+    np.testing.assert_allclose(per_example_gradients(other, x, y), expected[1], atol=1e-13)
 
 
 def test_last_layer_of_a_network_is_a_head(network):
@@ -192,17 +185,17 @@ def test_last_layer_of_a_network_is_a_head(network):
     last = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, parameters="last_layer")
     assert last.head is not None
     assert last.p == 5 * 3 + 3
-    whole = curvature.dense_hessian(objective)[-last.p :, -last.p :]
-    np.testing.assert_allclose(curvature.dense_hessian(last), whole, atol=1e-13)
+    whole = Hessian(objective).dense()[-last.p :, -last.p :]
+    np.testing.assert_allclose(Hessian(last).dense(), whole, atol=1e-13)
 
 
 def test_sample_weights_scale_each_example(network):
     objective, x, y = network
     weight = np.random.default_rng(8).uniform(0.5, 2, len(x))
     other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05, sample_weight=weight)
-    expected = weight @ curvature.per_example_gradients(objective, x, y) / len(x)
+    expected = weight @ per_example_gradients(objective, x, y) / len(x)
     expected += objective.decay * objective.theta
-    np.testing.assert_allclose(curvature.loss_gradient(other), expected, atol=1e-13)
+    np.testing.assert_allclose(other.gradient(), expected, atol=1e-13)
 
 
 def test_squared_error_has_the_hessian_of_a_quadratic():
@@ -212,7 +205,7 @@ def test_squared_error_has_the_hessian_of_a_quadratic():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
     objective = Objective(model, "mean_squared_error", x, y, weight_decay=0.1)
     expected = 2 * x.T @ x / 40 + 0.1 * np.eye(3)
-    np.testing.assert_allclose(curvature.dense_hessian(objective), expected, atol=1e-14)
+    np.testing.assert_allclose(Hessian(objective).dense(), expected, atol=1e-14)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")

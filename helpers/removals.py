@@ -1,4 +1,4 @@
-"""Exact fits of convex heads, and what leaving one training point out really does to them.
+"""What leaving a training point out really does to a convex head.
 
 The left-out objective keeps the weight decay and averages over n - 1 points (C' = 1/((n-1) wd) in
 scikit-learn's terms). With K = H - diag(decay)/n its Hessian at theta is
@@ -12,132 +12,15 @@ is the exact refit, all points at once.
 """
 
 import warnings
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse.linalg
 from tqdm.auto import tqdm
 
-from helpers import checks
-from helpers.head import gemm
-from helpers.solvers import Cholesky
-
-DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
-
-
-class Fit(NamedTuple):
-    """The end of a fit: gradient norm of L at theta, Newton steps, training loss, and verdict.
-
-    gradient_norm : at the theta that the model stores; exact_norm : before it was stored, where
-    a float32 model rounds it; last_step : norm of the Newton step that would come next, which stays
-    large where there is no minimum and theta runs off to infinity.
-    """
-
-    gradient_norm: float
-    steps: int
-    training_loss: float
-    converged: bool
-    exact_norm: float = np.nan
-    last_step: float = np.nan
-
-    def __str__(self):
-        word = "converged" if self.converged else "NOT CONVERGED"
-        text = (
-            f"{word}: gradient norm {self.gradient_norm:.1e} after {self.steps} Newton steps, "
-            f"training loss {self.training_loss:.6g} nats"
-        )
-        if self.converged and self.gradient_norm > 2 * max(self.exact_norm, 1e-10):
-            text += f" (before the model rounded the parameters: {self.exact_norm:.1e})"
-        elif not self.converged and self.exact_norm <= 1e-10:
-            text += (
-                f"; the next step would still be {self.last_step:.1e} long: there is no minimum, "
-                "let what runs away decay too (decayed='all')"
-            )
-        return text
-
-
-def head_of(objective):
-    """Return the objective's head; ValueError where its parameters are no last Dense layer."""
-    if objective.head is None:
-        raise ValueError(
-            "Exact fits need a convex head: bind the objective with parameters='last_layer' to a "
-            "Sequential or functional model whose last layer is Dense."
-        )
-    return objective.head
-
-
-def fit_head(objective, *, tol=1e-10, max_steps=100):
-    """Set the head's parameters to the minimum of L and return a Fit.
-
-    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol, and
-    converged only if the next step is short too. Directions in which L is flat (the shift of a
-    softmax's biases together) are left as they are. A model stored in float32 keeps only 7 digits
-    of the minimum: the Fit has the gradient norm before and after.
-    """
-    head, tol = head_of(objective), checks.number("tol", tol)
-    checks.curvature(objective)
-    if not (objective.decay > 0).any():
-        raise ValueError(
-            "Without weight decay a separable problem has no minimum: pass "
-            "weight_decay > 0 (the thesis uses 1e-3)."
-        )
-    theta, steps = newton(head, objective.theta, tol, max_steps)
-    gradient = head.gradient(theta)
-    exact = float(np.linalg.norm(gradient))
-    step = float(np.linalg.norm(_newton_direction(head, theta, gradient, {}, 1e-2)))
-    objective.theta = theta
-    norm = float(np.linalg.norm(head.gradient(objective.theta)))
-    settled = step <= 1e-3 * max(1.0, np.linalg.norm(theta))
-    converged = exact <= max(tol, 1e-10) and settled
-    return Fit(norm, steps, head.loss(objective.theta), bool(converged), exact, step)
-
-
-def newton(head, theta, tol, max_steps, **left_out):
-    """Return the theta (p,) that Newton's method reaches from `theta`, and the steps it took.
-
-    `weight` (n,) and `n` replace the head's own, for a fit that leaves points out.
-    """
-    loss = head.loss(theta, **left_out)
-    for step in range(max_steps):
-        gradient = head.gradient(theta, **left_out)
-        if np.linalg.norm(gradient) <= tol:
-            return theta, step
-        rtol = min(0.1, np.sqrt(np.linalg.norm(gradient)))  # tighter as the gradient falls
-        direction = _newton_direction(head, theta, gradient, left_out, rtol)
-        theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
-    return theta, max_steps
-
-
-def _newton_direction(head, theta, gradient, left_out, rtol):
-    """Return H^-1 g: by Cholesky, or for many parameters by CG to a relative residual of rtol."""
-    if len(theta) <= DENSE_FIT:
-        return _factor(head, head.hessian(theta, **left_out)).solve(gradient)
-    product, p = head.product(theta, **left_out), len(theta)
-    operator = scipy.sparse.linalg.LinearOperator((p, p), product, dtype=np.float64)
-    return scipy.sparse.linalg.cg(operator, gradient, rtol=rtol)[0]
-
-
-def _factor(head, matrix):
-    """Return a Cholesky factor of a Hessian, with the flat directions filled up.
-
-    No gradient has a component along them, so that no solution gets one.
-    """
-    flat = head.flat
-    return Cholesky(
-        matrix + np.abs(np.diag(matrix)).mean() * flat @ flat.T if flat.size else matrix
-    )
-
-
-def _armijo(head, theta, loss, direction, decrease, left_out):
-    length = 1.0
-    while True:
-        trial = theta - length * direction
-        trial_loss = head.loss(trial, **left_out)
-        # below 1e-14 the loss no longer resolves the step, and Newton's own step is the best one
-        if trial_loss <= loss - 1e-4 * length * decrease or decrease < 1e-14 or length < 1e-8:
-            return trial, trial_loss
-        length /= 2
+from . import checks
+from .fit import factor_of, head_of, newton, newton_direction
+from .linalg import gemm
 
 
 class Removals:
@@ -155,7 +38,7 @@ class Removals:
         head, self.theta = self.head, objective.theta
         k = head.hessian(self.theta)
         k[np.diag_indices_from(k)] -= head.decay / head.n
-        self.factor, self.gradient_norms = _factor(head, k), np.zeros(0)
+        self.factor, self.gradient_norms = factor_of(head, k), np.zeros(0)
         checks.curvature(objective)
         self.outputs = head.outputs(head.phi, self.theta)
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
@@ -260,7 +143,7 @@ class Removals:
             changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
         return changes
 
-    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200, checkpoint=None):
+    def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200):
         """Return theta_-i, the exact refits without each given training point, (p, k).
 
         Fixed-factor Newton steps from the Newton prediction, for a batch of points at once, until
@@ -268,17 +151,12 @@ class Removals:
         of their own.
 
         batch : points at a time; by default what fits the objective's memory budget, at most 500.
-        checkpoint : function (numbers, compute) -> array, compute() or what it kept for the same
-            numbers, a list of arrays that decide the result: called once a batch of points.
         """
         rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
-        batch = batch or min(500, self.objective.affordable_batch(64 * self.head.n * self.head.c))
-        head = self.head
-        same = [self.theta, head.decay, head.phi.sum(0), head.y, head.weight, tol]
+        batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
         parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
-        keep = checkpoint or (lambda _, compute: compute())
-        ends = [keep([*same, p], partial(self._exact, p, tol, max_steps)) for p in bar]
+        ends = [self._exact(part, tol, max_steps) for part in bar]
         thetas = np.concatenate([np.zeros((len(self.theta), 0)), *ends], axis=1)
         norms = [self._left_out_norms(end, part) for end, part in zip(ends, parts, strict=True)]
         self._keep(np.concatenate([np.zeros(0), *norms]), tol)
@@ -302,7 +180,7 @@ class Removals:
         """Return theta_-G - theta by one Newton step on the objective without a group, (p,)."""
         left_out = self._without(rows)
         gradient = self.head.gradient(self.theta, **left_out)
-        return -_newton_direction(self.head, self.theta, gradient, left_out, 1e-10)
+        return -newton_direction(self.head, self.theta, gradient, left_out, 1e-10)
 
     def exact_groups(self, groups, *, tol=1e-10):
         """Return theta_-G, the exact refit without each group of training points, (p, groups).

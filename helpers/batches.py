@@ -1,0 +1,255 @@
+"""How training examples arrive, and every pass over them: arrays, files on disk, tf.data, replicas.
+
+An example is (x, y, weight): x a tensor, or lists and dicts of them, as the model takes it.
+"""
+
+import copy
+from functools import partial
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import checks
+
+
+class Batches:
+    """The n training examples of an objective, read in order as often as it takes.
+
+    Attributes
+    ----------
+    n : number of examples; batch_size : how many a pass holds at once; in_memory : whether they
+    are tensors, from which single examples can be picked.
+
+    x, y, weight : as `Objective` takes them. check : function of labels y that refuses wrong ones.
+    bytes_an_example : what the model keeps of one example during a pass.
+    """
+
+    def __init__(
+        self, x, y, weight, *, dtype, check, bytes_an_example, batch_size, memory_budget, strategy
+    ):
+        self.dtype, self.memory_budget, self.strategy = dtype, memory_budget, strategy
+        self.bytes_an_example = 0 if isinstance(x, tf.data.Dataset) else bytes_an_example
+        self._dataset, self._data = None, None
+        if isinstance(x, tf.data.Dataset):
+            if strategy is not None:
+                raise ValueError("Under a strategy pass arrays, memory-mapped or not: no Dataset.")
+            if y is not None or weight is not None:
+                raise ValueError(
+                    "With a tf.data.Dataset pass y and weights inside it, as "
+                    "(x, y) or (x, y, weight) batches."
+                )
+            self._dataset = x.map(self._complete)
+            self._read(x, check)
+            return
+        self.n = len(y)
+        self.batch_size = min(self.n, batch_size or self.affordable(bytes_an_example))
+        weight = checks.weights(weight, self.n)
+        check(y)
+        for values in (*keras.tree.flatten(x), y):
+            if not _is_on_disk(values):
+                checks.finite(values, "training examples")
+        if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
+            self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
+        else:
+            self._data = self._complete(x, y, weight)
+        if strategy is not None:
+            self._shares = self._shared_out(x, y, weight)
+
+    @property
+    def in_memory(self):
+        return self._dataset is None
+
+    def _read(self, dataset, check):
+        """Count a Dataset's examples, check its batches, and that a second pass gives the same."""
+        sizes, first, total = [], 0, 0.0
+        for x, y, *weight in dataset:
+            checks.lengths(x, y)
+            for values in (*keras.tree.flatten(x), y):
+                checks.finite(values, f"examples of batch {len(sizes)}")
+            check(y)
+            total += checks.weights(weight[0] if weight else None, len(y), some=False).sum()
+            first = checks.checksum((x, y, *weight), first)
+            sizes.append(len(y))
+        if not sum(sizes):
+            raise ValueError("The training data hold no example.")
+        if not total:
+            raise ValueError("All sample weights are zero: no example counts.")
+        second = 0
+        for batch in dataset:
+            second = checks.checksum(batch, second)
+        if first != second:
+            raise ValueError(
+                "Two passes over the Dataset differ, so its examples have no number: leave out "
+                "shuffle(), random augmentation and what else changes from pass to pass."
+            )
+        self.n, self.batch_size = sum(sizes), max(sizes)
+
+    def _shared_out(self, x, y, weight):
+        """Return (x, y, weight) as distributed values: consecutive rows, a share a replica."""
+        k, devices = self.strategy.num_replicas_in_sync, self.strategy.extended.worker_devices
+        if self.n < k:
+            raise ValueError(f"{self.n} examples cannot be shared out among {k} replicas.")
+
+        def share(context):
+            j = context.replica_id_in_sync_group
+            rows = slice(self.n * j // k, self.n * (j + 1) // k)
+            with tf.device(devices[j % len(devices)]):
+                part = keras.tree.map_structure(lambda a: np.asarray(a[rows]), (x, y, weight))
+                return self._complete(*part)
+
+        return self.strategy.experimental_distribute_values_from_function(share)
+
+    def _complete(self, x, y, weight=None):
+        y = tf.convert_to_tensor(one_array(y))
+        weight = tf.ones(tf.shape(y)[0]) if weight is None else tf.reshape(weight, [-1])
+        return self.cast(x), y, tf.cast(weight, self.dtype)
+
+    def cast(self, x):
+        """Return x as tensors: floating ones in the model's dtype, integers as they are."""
+
+        def one(a):
+            a = tf.convert_to_tensor(a)
+            return tf.cast(a, self.dtype) if a.dtype.is_floating else a
+
+        return keras.tree.map_structure(one, x)
+
+    def each(self, batch_size=None):
+        """Yield (x, y, weight) tensors that cover the training data once, in order."""
+        for x, y, weight in [self._data] if self.in_memory else self._dataset:
+            yield from self.of(x, y, weight, batch_size=batch_size)
+
+    def first(self, k):
+        """Return (x, y, weight) of the first k examples, or of fewer if a batch holds fewer."""
+        return next(self.each(k))
+
+    def of(self, x, y, weight=None, batch_size=None):
+        """Yield (x, y, weight) tensors of other examples in batches; the last is smaller."""
+        step = batch_size or self.batch_size
+        for start in range(0, len(y), step):
+            rows = slice(start, start + step)
+            w = None if weight is None else weight[rows]
+            yield self._complete(keras.tree.map_structure(lambda a, r=rows: a[r], x), y[rows], w)
+
+    def accumulate(self, function, zeros, copies=1, extra=()):
+        """Return zeros + the sum of function(x, y, weight, *extra) over all batches.
+
+        To be called inside a `tf.function`: the loop over batches is part of the graph, and
+        nothing leaves the device. A function that holds several `copies` of a batch's activations
+        gets smaller batches, so that they fit the memory budget together. `extra` tensors have one
+        row an example; they need the training data in memory.
+        """
+        if self.strategy is not None:
+            if extra:
+                raise ValueError("Under a strategy no other tensors go along with the examples.")
+            run = partial(self._sum, function, zeros, copies)
+            return self.strategy.reduce("SUM", self.strategy.run(run, args=self._shares), axis=None)
+        if not self.in_memory and not extra:
+            every = iter(self._dataset)
+            return tf.while_loop(
+                lambda batch, total: batch.has_value(),
+                lambda batch, total: (
+                    every.get_next_as_optional(),
+                    total + function(*batch.get_value()),
+                ),
+                (every.get_next_as_optional(), zeros),
+            )[1]
+        return self._sum(function, zeros, copies, *self._tensors(), *extra)
+
+    def _sum(self, function, zeros, copies, *data):
+        """Return zeros + the sum of function(*batch) over batches of tensors in memory."""
+        n, step = data[1].shape[0], self.rows_for(copies)
+        if n <= step:
+            return zeros + function(*data)
+
+        def add(start, total):
+            batch = keras.tree.map_structure(lambda a: a[start : start + step], data)
+            return start + step, total + function(*batch)
+
+        return tf.while_loop(lambda start, total: start < n, add, (0, zeros))[1]
+
+    def over_replicas(self, function, copies):
+        """Return rows function(*batch) (b, k) of every replica's share, in the examples' order.
+
+        Under a strategy, to be called inside a `tf.function`.
+        """
+
+        def of_a_share(*share):
+            n, step = share[1].shape[0], self.rows_for(copies)
+            parts = tf.TensorArray(self.dtype, -(-n // step), element_shape=(None, None))
+
+            def one(i, parts):
+                rows = slice(i * step, (i + 1) * step)
+                batch = keras.tree.map_structure(lambda a: a[rows], share)
+                return i + 1, parts.write(i, function(*batch))
+
+            return tf.while_loop(lambda i, _: i < -(-n // step), one, (0, parts))[1].concat()
+
+        parts = self.strategy.run(of_a_share, args=self._shares)
+        return self.strategy.gather(parts, axis=0)
+
+    def gather(self, rows):
+        """Return (x, y, weight) of the training examples with these numbers (`checks.rows`)."""
+        if not tf.is_tensor(rows):
+            rows = checks.rows(rows, self.n)
+        return keras.tree.map_structure(lambda a: tf.gather(a, rows), self._tensors())
+
+    def _tensors(self):
+        if not self.in_memory:
+            raise ValueError(
+                "Single examples can be picked from arrays only: pass the training data as arrays "
+                "in memory, not as a tf.data.Dataset or memory-mapped."
+            )
+        return self._data
+
+    def subset(self, rows):
+        """Return these training examples only."""
+        part, rows = copy.copy(self), checks.rows(rows, self.n)
+        if not len(rows):
+            raise ValueError("A subset of no training point is no objective.")
+        part._data, part.n = self.gather(rows), len(rows)
+        part.batch_size = min(self.batch_size, part.n)
+        if self.strategy is not None:
+            part._shares = part._shared_out(*part._data)
+        return part
+
+    def affordable(self, bytes_an_example):
+        """Return how many examples fit the memory budget, at least 1."""
+        return max(1, int(self.memory_budget // max(1, bytes_an_example)))
+
+    def rows_for(self, copies):
+        """Return how many examples a pass may hold that keeps `copies` of their activations."""
+        return min(self.batch_size, self.affordable(copies * self.bytes_an_example))
+
+
+def arrays(x):
+    """Return x with lists of numbers as arrays; what has a shape stays as it is."""
+    return keras.tree.map_structure(lambda a: a if hasattr(a, "shape") else np.asarray(a), x)
+
+
+def one_array(y):
+    """Return the labels of the one output, which may come as a dict of one."""
+    y = keras.tree.flatten(y)[0] if isinstance(y, dict) and len(y) == 1 else y
+    return y if hasattr(y, "shape") else np.asarray(y)
+
+
+def _is_on_disk(array):
+    """Return whether an array is read in parts: a memory map, or chunks as in Zarr and HDF5."""
+    return isinstance(array, np.memmap) or hasattr(array, "chunks")
+
+
+def _stream(x, y, weight, batch_size):
+    """Return a data set that reads arrays on disk batch by batch."""
+    flat = [*keras.tree.flatten(x), np.asarray(y), np.asarray(weight)]
+
+    def read(start):
+        parts = tf.numpy_function(
+            lambda s: [np.asarray(a[s : s + batch_size]) for a in flat],
+            [start],
+            [tf.as_dtype(a.dtype) for a in flat],
+        )
+        for part, a in zip(parts, flat, strict=True):
+            part.set_shape((None, *a.shape[1:]))
+        return keras.tree.pack_sequence_as(x, parts[:-2]), parts[-2], parts[-1]
+
+    return tf.data.Dataset.range(0, len(y), batch_size).map(read)

@@ -1,0 +1,311 @@
+"""The Hessian of an objective, and its Gauss-Newton part, as operators: `H @ v`, `H @ V`.
+
+Symmetric (p, p) operators in SciPy's protocol, regulariser included, damping not: `eigsh(H)` and
+`minres(H, b)` work as they stand. A product with k columns is one pass over the data, summed over
+batches inside one graph that is compiled once a shape. For a last Dense layer all is a closed form
+(`helpers.head`); other models take reverse-over-reverse products, which work for any Keras layer.
+"""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import tensorflow as tf
+from scipy.sparse.linalg import LinearOperator
+from tqdm.auto import tqdm
+
+from . import keras_facts
+from .gradients import (
+    along,
+    by_differences,
+    is_vectorisable,
+    map_rows,
+    pulled,
+    rows_at_once,
+    sum_of_products,
+)
+from .objective import Objective, compiled
+
+
+class Symmetric(LinearOperator):
+    """A symmetric matrix (p, p) known by its products; NumPy in, float64 NumPy out.
+
+    precision : the dtype that products are computed in. compiled : where the graphs made of this
+    operator are kept for the next call.
+    """
+
+    precision, objective = "float64", None
+
+    def __init__(self, p):
+        super().__init__(np.float64, (p, p))
+
+    def product(self, rows=None):
+        """Return V -> H V on tensors (p, k) of `precision`, to be called inside a `tf.function`."""
+        raise NotImplementedError
+
+    def dense(self):
+        """Return the matrix, (p, p) float64."""
+        raise NotImplementedError
+
+    @property
+    def damped(self):
+        """The graph (V, damping) -> (H + damping I) V on float64 tensors (p, k)."""
+
+        precision = self.precision  # which builds what can not be built inside a graph
+
+        def matvec(v, damping):
+            return tf.cast(self.product()(tf.cast(v, precision)), tf.float64) + damping * v
+
+        return self.compiled.setdefault("damped", keras_facts.traced(matvec))
+
+    def _matmat(self, vectors):
+        return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()
+
+    def _adjoint(self):
+        return self
+
+
+class Matrix(Symmetric):
+    """A symmetric matrix (p, p) that is there as an array."""
+
+    def __init__(self, matrix):
+        super().__init__(len(matrix))
+        self._matrix, self.compiled = np.asarray(matrix, np.float64), {}
+
+    def product(self, rows=None):
+        return partial(tf.matmul, tf.constant(self._matrix))
+
+    def dense(self):
+        return self._matrix
+
+
+class Hessian(Symmetric):
+    """H, the Hessian of an `Objective` at its present theta: (1/n) sum_i w_i H_i + diag(decay).
+
+    Reverse-over-reverse (Pearlmutter 1994): d/dtheta of grad L . v, in the model's dtype; float64
+    for a last Dense layer. Where TensorFlow has no right second derivative (the probe of the
+    objective's derivatives found out), central differences of exact gradients.
+    """
+
+    def __init__(self, objective):
+        if not isinstance(objective, Objective):
+            raise TypeError(f"An Objective is needed, not {type(objective).__name__}.")
+        self.objective, self.compiled = objective, objective.compiled.setdefault(type(self), {})
+        super().__init__(objective.p)
+
+    @property
+    def precision(self):
+        return "float64" if self.objective.head else self.objective.dtype
+
+    def product(self, rows=None):
+        """Return V -> H V on tensors (p, k) of `precision`, to be called inside a `tf.function`.
+
+        `rows`, a tensor of indices, takes the mean over those training examples only.
+        """
+        if self.objective.head:
+            return _head_product(self.objective, rows)
+        return partial(_hvp, self.objective, rows=rows)
+
+    def dense(self):
+        """Return H as a matrix (p, p) float64: a closed form for a last Dense layer.
+
+        Otherwise a product for every column, layer by layer, with that layer and those behind it
+        only. The rest is known by symmetry, and what depends on a late layer alone, most of a
+        network's columns, is never taken back through the first ones.
+        """
+        objective = self.objective
+        if objective.head:
+            return objective.head.hessian(objective.theta)
+        ends = np.cumsum([0, *objective.sizes])
+        kernels = [k for k, v in enumerate(objective.variables) if k == 0 or len(v.shape) > 1]
+        h = np.zeros((objective.p, objective.p))
+        with tqdm(total=objective.p, desc="Hessian", unit="column", leave=False) as bar:
+            for first, last in pairwise([*kernels, len(objective.sizes)]):
+                own = range(ends[first], ends[last])
+                for columns, identity in _identity(objective, own):
+                    h[:, columns] = _some_columns(objective, identity, first, last).numpy()
+                bar.update(len(own))
+        return np.tril(h) + np.tril(h, -1).T
+
+
+class GaussNewton(Hessian):
+    """G = (1/n) sum_i w_i J_i' A_i J_i + diag(decay), the Gauss-Newton part of the Hessian.
+
+    J_i is the Jacobian of example i's outputs (`ExampleLoss.outputs`), A_i the Hessian of its loss
+    in them, as it is. G has no negative eigenvalue for a loss convex in the outputs, and is H for a
+    linear model.
+    """
+
+    def product(self, rows=None):
+        if self.objective.head:
+            return super().product(rows)
+        return partial(_gnvp, self.objective, rows=rows)
+
+    def dense(self):
+        """Return G as a matrix (p, p) float64.
+
+        With A_i = F_i S_i F_i', G is the Gram matrix of the rows J_i' F_i with the signs S_i: C
+        per-example gradients and one GEMM a batch, where a product for every column would cost p
+        passes. The GEMM runs in the model's dtype.
+        """
+        objective = self.objective
+        if objective.head:
+            return objective.head.hessian(objective.theta)
+        total = np.zeros((objective.p, objective.p))
+        if not is_vectorisable(objective):
+            for columns, identity in _identity(objective, range(objective.p)):
+                total[:, columns] = self @ identity.numpy()
+            return (total + total.T) / 2
+        for x, y, weight in objective.data.each(rows_at_once(objective)):
+            for rows, signs in _curvature_rows(objective, x, y):
+                total += (rows.T * (weight.numpy() * signs)) @ rows
+        total = (total + total.T) / (2 * objective.n)  # a product in float32 rounds the two apart
+        return total + np.diag(objective.decay)
+
+
+def as_operator(H):
+    """Return H as a Symmetric operator: the Hessian of an Objective, or an array as it is."""
+    if isinstance(H, Symmetric):
+        return H
+    return Hessian(H) if isinstance(H, Objective) else Matrix(H)
+
+
+def _head_product(objective, rows=None):
+    """Return V -> H V = (1/n) phi' [A (phi V)] + decay V on tensors (p, k): two GEMMs.
+
+    A is computed here and not in the product: inside a `tf.function`, call this before its loop.
+    """
+    head = objective.head
+    phi, y, weight = head.tensors
+    if rows is not None:
+        phi, y, weight = (tf.gather(t, rows) for t in head.tensors)
+    n = tf.shape(phi)[0]
+    theta = tf.cast(objective.flatten(objective.tensors), phi.dtype)
+    a = head.tf_curvatures(y, tf.matmul(phi, tf.reshape(theta, (head.d, head.c))))
+    a *= weight[:, None, None] / tf.cast(n, phi.dtype)
+
+    def product(vectors):
+        moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
+        moved = tf.matmul(a, tf.reshape(moved, (n, head.c, -1)))
+        back = tf.matmul(phi, tf.reshape(moved, (n, -1)), transpose_a=True)
+        return tf.reshape(back, tf.shape(vectors)) + head.decay[:, None] * vectors
+
+    return product
+
+
+def _hvp(objective, vectors, rows=None, first=0, last=None):
+    """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
+
+    def slope(x, y, weight):
+        with tf.GradientTape() as tape:
+            loss = tf.tensordot(weight, objective.loss(x, y), 1)
+        return objective.flatten(tape.gradient(loss, objective.tensors))
+
+    def one_vector(x, y, weight, vector):
+        if by_differences(objective):
+            return along(objective, vector, lambda: slope(x, y, weight))
+        parts, tensors = objective.unflatten(vector)[first:last], objective.tensors
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                loss = tf.tensordot(weight, objective.loss(x, y), 1)
+            dot = sum_of_products(inner.gradient(loss, tensors[first:last]), parts)
+        return objective.flatten([None] * first + outer.gradient(dot, tensors[first:]))
+
+    return _regularised(objective, vectors, one_vector, rows)
+
+
+_some_columns = compiled(lambda o, vectors, first, last: _hvp(o, vectors, None, first, last))
+
+
+def _gnvp(objective, vectors, rows=None):
+    def slope(y, weight, outputs, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            losses = objective.loss.of_outputs(y, keras_facts.with_mask(outputs, mask))
+            loss = tf.tensordot(weight, losses, 1)
+        return tape.gradient(loss, outputs)
+
+    def one_vector(x, y, weight, vector):
+        with tf.GradientTape(persistent=True) as tape:
+            outputs = objective.loss.outputs(x)
+        mask = keras_facts.mask_of(outputs)
+        if by_differences(objective):
+            moved = along(objective, vector, lambda: objective.loss.outputs(x))  # J v
+            h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
+            ends = [slope(y, weight, outputs + s * h * moved, mask) for s in (1, -1)]
+            bent = (ends[0] - ends[1]) / (2 * h)
+        else:
+            with tf.GradientTape() as linear:
+                dummy = tf.ones_like(outputs)
+                linear.watch(dummy)
+                back = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
+                dot = sum_of_products(back, objective.unflatten(vector))
+            moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
+            with tf.GradientTape() as outer:
+                outer.watch(outputs)
+                dot = tf.reduce_sum(slope(y, weight, outputs, mask) * tf.stop_gradient(moved))
+            bent = outer.gradient(dot, outputs, None, tf.UnconnectedGradients.ZERO)  # A J v
+        return objective.flatten(tape.gradient(outputs, objective.tensors, output_gradients=bent))
+
+    return _regularised(objective, vectors, one_vector, rows)
+
+
+def _regularised(objective, vectors, one_vector, rows):
+    """Return the batch sums of `one_vector` over n, for every column, plus decay * V."""
+    columns, data = tf.transpose(vectors), objective.data
+
+    def one_batch(x, y, weight):
+        return map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
+
+    if rows is None:
+        # the number of columns is unknown where a graph serves several; 64 is what callers send
+        copies = (columns.shape[0] or 64) if is_vectorisable(objective) else 1
+        total = data.accumulate(one_batch, tf.zeros_like(columns), copies) / data.n
+    else:
+        total = one_batch(*data.gather(rows)) / tf.cast(len(rows), vectors.dtype)
+    decay = tf.constant(objective.decay[:, None], objective.dtype)
+    return tf.transpose(total) + decay * vectors
+
+
+def curvature_factors(objective, x, y):
+    """Return U_i (m, p, C) and signs S_i (m, C), U_i S_i U_i' = J_i' A_i J_i: shares of n G."""
+    batches = objective.data.of(x, y, batch_size=rows_at_once(objective))
+    parts = [list(zip(*_curvature_rows(objective, xb, yb), strict=True)) for xb, yb, _ in batches]
+    factors, signs = ([np.stack(part[k], -1) for part in parts] for k in (0, 1))
+    return np.concatenate(factors).astype(np.float64), np.concatenate(signs)
+
+
+def _curvature_rows(objective, x, y):
+    """Yield, for each column f of F_i, the rows J_i' f (b, p) and the signs (b,)."""
+    factors, signs = output_factors(objective, x, y)
+    for c in range(factors.shape[-1]):
+        yield pulled(objective, x, factors[:, :, c]), signs[:, c].numpy()
+
+
+@compiled
+def output_factors(objective, x, y):
+    """Return F_i (b, C, C) and signs S_i (b, C), F_i S_i F_i' = A_i, the Hessian in the outputs."""
+    outputs = objective.loss.outputs(x)
+    shape, mask = tf.shape(outputs), keras_facts.mask_of(outputs)
+    flat = tf.reshape(outputs, (shape[0], -1))
+    with tf.GradientTape() as outer:
+        outer.watch(flat)
+        with tf.GradientTape() as inner:
+            inner.watch(flat)
+            again = keras_facts.with_mask(tf.reshape(flat, shape), mask)
+            losses = objective.loss.of_outputs(y, again)
+        slope = inner.gradient(losses, flat)
+    a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO)
+    values, vectors = tf.linalg.eigh(a)
+    rounding = 10 * np.finfo(objective.dtype).eps * tf.reduce_max(tf.abs(values), 1, True)
+    values = tf.where(tf.abs(values) > rounding, values, 0)
+    return vectors * tf.sqrt(tf.abs(values))[:, None, :], tf.sign(values)
+
+
+def _identity(objective, columns, most=64):
+    """Yield slices of the columns, and I there, (p, k): of one width, one graph; some overlap."""
+    width = -(-len(columns) // -(-len(columns) // most))
+    for start in columns[::width]:
+        start = min(start, columns.stop - width)
+        identity = np.eye(objective.p, width, -start)
+        yield slice(start, start + width), tf.constant(identity, objective.dtype)

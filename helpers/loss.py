@@ -1,0 +1,176 @@
+"""The loss that a model is trained on, one value an example, as Keras means it."""
+
+from functools import cached_property
+
+import numpy as np
+import tensorflow as tf
+
+from . import keras_facts
+
+
+class ExampleLoss:
+    """A Keras model's loss z -> loss(z, theta), without a regulariser, differentiable twice.
+
+    Attributes
+    ----------
+    object : the `keras.losses.Loss`; name : what it is called; predicted : the shape of the model's
+    predictions, (b, ...), None for a length that may vary; last_activation : the softmax or sigmoid
+    by which the model ends, or None; activation : the same where the loss is convex below it, so
+    that `outputs` are logits.
+    """
+
+    def __init__(self, model, loss, y, predictions, dtype):
+        """Bind what `compile` takes as a loss; y, predictions : of a few examples."""
+        self.model, self.dtype = model, dtype
+        self._weight = keras_facts.loss_weight(model) if loss is None else 1.0
+        given = loss if loss is not None else getattr(model, "loss", None)
+        self.object, self._steps = keras_facts.as_loss(given, y, predictions), None
+        if self.object.reduction in ("sum", "mean_with_sample_weight"):
+            raise ValueError(
+                f"The loss has reduction='{self.object.reduction}', which weighs examples against "
+                "the weight decay by the batch they are in. Use reduction='sum_over_batch_size', "
+                "and put factors into sample_weight or weight_decay."
+            )
+        declared, shape = (getattr(model, "outputs", None) or [None])[0], predictions.shape
+        middle = getattr(declared, "shape", [None] * len(shape))[1:-1]
+        self.predicted = (None, *middle, shape[-1]) if middle else shape
+
+    @property
+    def name(self):
+        return self.object.name
+
+    @property
+    def function(self):
+        """The function that a Keras loss wraps, or None for a class of the user's own."""
+        return keras_facts.function_of(self.object)
+
+    def __call__(self, x, y):
+        """Return the loss of each example of a batch, (b,), in nats for cross-entropies."""
+        return self.of_outputs(y, self.outputs(x))
+
+    def outputs(self, x):
+        """Return what the loss is convex in, (b, ...): logits, below a last softmax or sigmoid.
+
+        The predictions themselves, where the loss is no function convex in the logits: for a
+        squared error of probabilities, say.
+        """
+        predictions = keras_facts.predict(self.model, x)
+        logits = predictions if self.activation is None else keras_facts.logits_of(predictions)
+        if logits is None:  # not hung on the tensor, but every graph shows them
+            return keras_facts.with_mask(*self._graph_of_outputs(x))
+        return keras_facts.with_mask(tf.identity(logits), keras_facts.mask_of(predictions))
+
+    @cached_property
+    def _graph_of_outputs(self):
+        def both(x):
+            outputs = self.outputs(x)
+            return outputs, keras_facts.mask_of(outputs)
+
+        return keras_facts.traced(both)
+
+    def of_outputs(self, y, outputs):
+        """Return the loss of each example, (b,), from what `outputs` returned."""
+        if self.activation is None:
+            return self.of_predictions(y, outputs)
+        mask = keras_facts.mask_of(outputs)
+        return self.of_predictions(y, keras_facts.with_mask(self.activation(outputs), mask))
+
+    def of_predictions(self, y, predictions):
+        """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""
+        values = self.entries(y, predictions, self.dtype)
+        if values.shape.rank > 1:
+            values = tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+        return values
+
+    def entries(self, y, predictions, dtype):
+        """Return the weighed loss of each entry (b, ...) in `dtype`, zero where Keras masks it.
+
+        A loss that computes in a type of its own whatever it is given, gets that and is cast.
+        """
+        values = keras_facts.unreduced(self.object, y, predictions, self._dtypes[dtype])
+        mask = keras_facts.mask_of(values)
+        values *= self._weight
+        if mask is not None and self._steps is not None:
+            entries = tf.size(values[:1], tf.int32) / 1
+            share = tf.cast(entries, values.dtype) / tf.cast(self._steps, values.dtype)
+            values = tf.where(mask, values, 0) * share
+        return tf.cast(values, dtype)
+
+    def hold_against_keras(self, x, y):
+        """Refuse a loss of which Keras's own evaluation of a few examples differs.
+
+        Sets `activation` and `last_activation`, for which examples are needed too.
+        """
+        predictions = keras_facts.predict(self.model, x)
+        again = keras_facts.predict(self.model, x)
+        if not np.array_equal(predictions, again, equal_nan=True):
+            raise ValueError(
+                "The model gives other predictions when it is called again with training=False: "
+                "a layer draws random numbers. Make it depend on `training`."
+            )
+        self._dtypes, b = {}, int(predictions.shape[0])
+        for wanted in dict.fromkeys(("float64", self.dtype)):
+            try:
+                dtype, values = wanted, keras_facts.unreduced(self.object, y, predictions, wanted)
+            except (TypeError, tf.errors.InvalidArgumentError):
+                dtype = self.object.dtype
+                values = keras_facts.unreduced(self.object, y, predictions, dtype)
+            self._dtypes[wanted] = dtype
+        if values.shape.rank == 0 or int(values.shape[0]) != b:
+            raise ValueError(
+                f"The loss must return one value an example, shape ({b}, ...); it "
+                f"returned shape {tuple(values.shape)}. Do not average over examples."
+            )
+        for k in (b, 1):  # one example alone must have the loss it has among others
+            mine, theirs = keras_facts.both_means(self.object, y, predictions, values, k, dtype)
+            if not np.isclose(mine, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise ValueError(
+                    f"Keras evaluates the loss of {k} examples to {theirs:.6g}, but the mean of "
+                    f"one value an example is {mine:.6g}: the loss couples the examples of a batch "
+                    "or averages in a way of its own, and then no example has an influence."
+                )
+        self.last_activation = keras_facts.last_activation(self.model, x)
+        self.activation = self.last_activation
+        if self.activation is not None and not self._is_convex(x, y):
+            self.activation = None
+
+    def _is_convex(self, x, y):
+        """Return whether the loss is convex in the logits: of some losses known, else measured."""
+        if self.function in keras_facts.OF_LOGITS:
+            return True
+        logits = self.outputs(x)
+        rng, shape = np.random.default_rng(0), logits.shape
+        for spread in (0.0, 1.0, 3.0):
+            at = logits + tf.constant(spread * rng.normal(size=shape), logits.dtype)
+            v = tf.constant(rng.normal(size=shape), logits.dtype)
+            with tf.GradientTape() as outer:
+                outer.watch(at)
+                with tf.GradientTape() as inner:
+                    inner.watch(at)
+                    loss = tf.reduce_sum(self.of_outputs(y, at))
+                slope = inner.gradient(loss, at)
+            bent = None if slope is None else outer.gradient(slope, at, output_gradients=v)
+            if bent is None:
+                return False
+            quadratic = tf.reduce_sum(tf.reshape(bent * v, (shape[0], -1)), 1)
+            if np.min(quadratic) < -1e-6 * np.max(np.abs(quadratic)):
+                return False
+        return True
+
+    def count_steps(self, batches):
+        """Count what Keras does not mask, in the mean over the training examples."""
+        x, y, _ = batches.first(1)
+        self._steps = None
+        if self._mask(x, y) is None:
+            return
+        count = keras_facts.traced(lambda x, y: tf.math.count_nonzero(self._mask(x, y)))
+        total = sum(int(count(x, y)) for x, y, _ in batches.each())
+        if not total:
+            raise ValueError("Every step of the training data is masked: nothing counts.")
+        self._steps = total / batches.n
+
+    def _mask(self, x, y):
+        predictions = keras_facts.predict(self.model, x)
+        return keras_facts.mask_of(
+            keras_facts.unreduced(self.object, y, predictions, self._dtypes[self.dtype])
+        )

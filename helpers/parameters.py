@@ -1,0 +1,126 @@
+"""Which of a model's variables are theta, and how much weight decay each has."""
+
+import keras
+import numpy as np
+
+from . import checks, keras_facts
+
+
+def selected(model, parameters, x):
+    """Return the variables that `parameters` names, each once, as `Objective` takes it."""
+    if parameters is None:
+        chosen = list(model.trainable_variables)
+    elif isinstance(parameters, str) and parameters == "last_layer":
+        chosen = keras_facts.last_layer(model, x).trainable_variables
+    elif isinstance(parameters, str):
+        raise ValueError(
+            f"parameters='{parameters}' is not known: use None, 'last_layer', or a "
+            "list of layer names or variables."
+        )
+    else:
+        named = {la.name: la for la in keras_facts.all_layers(model)}
+        unknown = [q for q in parameters if isinstance(q, str) and q not in named]
+        if unknown:
+            raise ValueError(f"No layer is called {unknown}; the model has {sorted(named)}.")
+        chosen = [
+            v
+            for q in parameters
+            for v in (named[q].trainable_variables if isinstance(q, str) else [q])
+        ]
+    unique = list({id(v): v for v in chosen}.values())  # a shared layer is listed once
+    if not unique:
+        raise ValueError("No trainable parameter is selected: are all layers frozen?")
+    return unique
+
+
+def common_dtype(model, variables):
+    """Return the type that the model computes in, float32 or float64."""
+    mixed = [
+        la.name for la in keras_facts.all_layers(model) if la.variable_dtype != la.compute_dtype
+    ]
+    if mixed:
+        raise ValueError(
+            f"Layers {mixed[:3]} compute in {model.compute_dtype} but store {model.variable_dtype}:"
+            " second derivatives in mixed precision are too coarse. Load the model under "
+            "keras.config.set_dtype_policy('float32') (or 'float64')."
+        )
+    dtypes = {v.dtype for v in variables}
+    if not dtypes <= {"float32", "float64"}:
+        raise ValueError(f"The parameters must be float32 or float64, not {dtypes}.")
+    return max(dtypes)  # LoRA's are float32 in a float64 model
+
+
+def decay(model, variables, weight_decay, decayed):
+    """Return the weight decay of each parameter, (p,) float64."""
+    own = {id(v): _l2(v) for v in variables}
+    layers = keras_facts.all_layers(model)
+    activity = [la.name for la in layers if la.activity_regularizer is not None]
+    if activity:
+        raise ValueError(
+            f"Layers {activity} carry an activity regulariser, which is no function "
+            "of one example's loss: remove it or put it into the loss."
+        )
+    tied = sum(v.regularizer is not None for v in model.trainable_variables)
+    if len(model.losses) > tied:
+        raise ValueError(
+            "The model adds losses of its own (add_loss): move them into the "
+            "per-example loss, so that each example carries its share."
+        )
+    if weight_decay is None:
+        if getattr(getattr(model, "optimizer", None), "weight_decay", None):
+            raise ValueError(
+                "The model was compiled with decoupled weight decay (AdamW), which "
+                "minimises no fixed objective: pass weight_decay= yourself."
+            )
+        per_variable = [own[id(v)] for v in variables]
+    else:
+        if any(own.values()) and weight_decay:
+            raise ValueError(
+                "The model already decays its weights (kernel_regularizer) and "
+                "weight_decay was given too: pass weight_decay=None to use the "
+                "model's own (Keras' `l2(c)` is a weight decay of 2c)."
+            )
+        weight_decay = checks.number("weight_decay", weight_decay)
+        chosen = _decayed(layers, variables, decayed)
+        per_variable = [weight_decay * (id(v) in chosen) + own[id(v)] for v in variables]
+    sizes = [int(np.prod(v.shape)) for v in variables]
+    return np.repeat(np.array(per_variable, np.float64), sizes)
+
+
+def _decayed(layers, variables, decayed):
+    """Return the ids of the variables that `weight_decay` applies to."""
+    if isinstance(decayed, str) and decayed in ("kernels", "all"):
+        return {id(v) for v in variables if decayed == "all" or keras_facts.is_kernel(v)}
+    if isinstance(decayed, str):
+        raise ValueError(f"decayed='{decayed}' is not known: 'kernels', 'all' or variables.")
+    found = set()
+    for each in decayed:
+        names = (each,) if isinstance(each, str) else ()
+        those = [
+            v for v in variables if v is each or any(f"/{v.path}".endswith(f"/{n}") for n in names)
+        ]
+        for layer in layers if names and not those else ():
+            if layer.name == each:
+                inside = {id(v) for v in layer.trainable_variables}
+                those += [v for v in variables if id(v) in inside]
+        if not those:
+            raise ValueError(
+                f"decayed names {getattr(each, 'path', each)}, which is none of the selected "
+                f"parameters: {[v.path for v in variables]}."
+            )
+        found |= {id(v) for v in those}
+    return found
+
+
+def _l2(variable):
+    regularizer = variable.regularizer
+    if regularizer is None:
+        return 0.0
+    if type(regularizer) is keras.regularizers.L2:
+        return 2.0 * float(regularizer.l2)
+    if type(regularizer) is keras.regularizers.L1L2 and not float(regularizer.l1):
+        return 2.0 * float(regularizer.l2)
+    raise ValueError(
+        f"{variable.path} has a {type(regularizer).__name__} regulariser; only L2 has "
+        "a Hessian that influence functions can use."
+    )
