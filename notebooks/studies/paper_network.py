@@ -20,19 +20,10 @@ import tensorflow as tf
 from scipy import stats
 from tqdm.auto import tqdm
 
-from helpers import (
-    CG,
-    GaussNewton,
-    Hessian,
-    LiSSA,
-    Objective,
-    predicted_loss_change,
-    s_test,
-    solve,
-    spectrum,
-)
+from helpers import CG, GaussNewton, Hessian, LiSSA, Objective, predicted_loss_change, s_test, solve
 from helpers.ekfac import Blocks
 from helpers.gradients import per_example_gradients
+from helpers.spectrum import spectrum
 from studies import networks
 from studies.network_retraining import NetworkRemovals
 from support import datasets, models, stored
