@@ -164,10 +164,7 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - | - | - |" in text
     assert text.startswith("before\n")
     told = "1.5; - | 1.23; 0.95 | reproduced (1 of 2), partly (1 of 2)"
-    assert (
-        f"| [Fig. 9](notebooks/04_influence.ipynb) | It. | {told} | So. |"
-        in text
-    )
+    assert f"| [Fig. 9](notebooks/04_influence.ipynb) | It. | {told} | So. |" in text
     assert text.endswith("after\n")
     page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")
     assert "| claim b (`b`) | thesis | at least 1 | 0.95 | partly |" in page
