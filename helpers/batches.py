@@ -201,6 +201,9 @@ class Batches:
                 "Single examples can be picked from arrays only: pass the training data as arrays "
                 "in memory, not as a tf.data.Dataset or memory-mapped."
             )
+        if self._data[2].dtype != self.dtype:  # of an objective's copy in float64
+            with tf.init_scope():
+                self._data = self._complete(*self._data)
         return self._data
 
     def subset(self, rows):

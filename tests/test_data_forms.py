@@ -9,6 +9,7 @@ import tensorflow as tf
 from conftest import SOFTMAX
 
 from helpers import CG, Objective, influence_wrt_input, predicted_loss_change, s_test
+from support import stored
 
 layers = keras.layers
 RNG = np.random.default_rng(0)
@@ -68,6 +69,24 @@ def test_every_form_gives_what_arrays_give(model, form, tmp_path):
     np.testing.assert_allclose(given.gradient(), plain.gradient(), atol=1e-7)
     x, y = (X, Y) if given.data.in_memory or "Sci" not in form else (scipy.sparse.csr_matrix(X), Y)
     np.testing.assert_allclose(given.losses(x[:2], y[:2]), plain.losses(X[:2], Y[:2]), rtol=1e-6)
+
+
+def test_texts_go_into_the_model_as_they_are():
+    texts, y = np.array(["good film", "bad film", "fine", "awful"] * 3), np.arange(12) % 2
+    words = layers.TextVectorization(output_sequence_length=2)
+    words.adapt(texts)
+    body = [layers.Embedding(9, 2), layers.GlobalAveragePooling1D(), layers.Dense(1)]
+    model = keras.Sequential([keras.Input((), dtype="string"), words, *body])
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    for given in (texts, texts.tolist(), pd.Series(texts)):
+        objective = Objective(model, loss, given, y, weight_decay=0.1)
+        s = s_test(objective, given[:2], y[:2], CG(0.1))
+        assert predicted_loss_change(objective, s).shape == (2, 12)
+
+
+def test_the_documentation_lists_every_form():
+    listed = (stored.ROOT / "docs" / "tried.md").read_text(encoding="utf-8")
+    assert all(f"\n- {form}\n" in listed for form in FORMS)
 
 
 def test_a_dict_weighs_classes_as_fit_does(model):
