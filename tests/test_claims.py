@@ -57,6 +57,8 @@ def four():
         (0.5, (-0.1, 0.9), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, 0.1), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, -0.1), {"interval_above": 0}, "does not hold"),
+        (0.5, (0.1, 0.9), {"interval_holds": 0.8}, "holds"),
+        (0.5, (0.1, 0.9), {"interval_holds": 0.95}, "does not hold"),
         (None, None, {"at_least": 2}, "not run"),
     ],
 )
