@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from . import checks, keras_facts
 from . import parameters as theta_of
-from .batches import Batches, arrays, one_array
+from .batches import Batches, arrays, of_any_form, one_array
 from .head import Head
 from .loss import ExampleLoss
 
@@ -99,11 +99,13 @@ class Objective:
     ):
         self.model = model
         self.compiled = {}  # one tf.function a kind of product, freed with the objective
+        x, y = of_any_form(x, y)
         if isinstance(x, tf.data.Dataset):
             checks.once(x)
-            first, labels = next(iter(x))[:2]
+            first, labels, *_ = next(iter(x), (None, None))
+            if first is None:
+                raise ValueError("The training data hold no example.")
         else:
-            x, y = arrays(x), one_array(y)
             checks.lengths(x, y)
             if not len(y):
                 raise ValueError("The training data hold no example.")
@@ -113,6 +115,7 @@ class Objective:
             )
         keras_facts.resize_in_float64(model)
         checks.inputs(model, first)
+        checks.stateless(model)
         self._input_shapes = [tuple(a.shape) for a in keras.tree.flatten(first)]
         predictions = keras_facts.predict(model, first)  # builds a model that was not called yet
         self.variables = theta_of.selected(model, parameters, first)

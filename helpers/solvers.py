@@ -35,12 +35,13 @@ def solve(H, b, solver=None, *, damping="auto"):
     H : a `Hessian` or `GaussNewton`, an Objective for its Hessian, or a symmetric array (p, p).
     b : (p,) or columns (p, k).
     solver : one of the solver objects below; by default `Cholesky` for a head of up to 5,000
-        parameters and for an array, else `CG`.
+        parameters and for an array, else `CG`, and `Eigh` where that met negative curvature among
+        up to 1,000 parameters: then x solves the equations, but minimises nothing.
     damping : of the default solver: a number, or "auto" for `spectrum.choose_damping` (0 for an
         array, which is taken as it is).
     """
-    H = as_operator(H)
-    if solver is None:
+    H, chosen = as_operator(H), solver is None
+    if chosen:
         dense = not H.objective or (H.objective.head and H.shape[0] <= DENSE_LIMIT)
         solver = Cholesky(damping) if dense else CG(damping)
     elif not isinstance(solver, Solver):
@@ -60,7 +61,10 @@ def solve(H, b, solver=None, *, damping="auto"):
     size = np.abs(b).max(0, initial=0)
     size[size == 0] = 1.0  # squares of 1e-170 would be zero
     x, known = solver.run(H, b / size)
-    return _certified(H, b / size, x, size, single, solver, known)
+    found = _certified(H, b / size, x, size, single, solver, known)
+    if chosen and isinstance(solver, CG) and found.negative_curvature.any() and len(b) <= 1000:
+        return solve(H, b[:, 0] if single else b, Eigh(solver.damping, solver.rtol))
+    return found
 
 
 class Solution(NamedTuple):

@@ -274,5 +274,6 @@ def written(where, chosen=None):
         if names is None or r["notebook"] in names
         for c in r["verdicts"]
     ]
-    columns = ["notebook", "id", "claim", "of", "criterion", "value", "shown", "verdict"]
+    columns = ["notebook", "id", "claim", "of", "published"]
+    columns += ["criterion", "value", "shown", "verdict"]
     return pd.DataFrame(rows).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)
