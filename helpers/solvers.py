@@ -338,7 +338,7 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
 
     def step(i, x, q, s, c, norms, taken, negative, history):
         active = norms > stop
-        t = matvec(s, damping)
+        t = tf.ensure_shape(matvec(s, damping), s.shape)  # of a graph made for any k columns
         dropped = tf.cast(tf.reduce_all(s == 0, 0), tf.float64)
         values, vectors = _small_eigh(s, t, dropped)
         bad = values[0] <= 0

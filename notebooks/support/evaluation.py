@@ -1,6 +1,7 @@
 """How well predictions agree with what retraining shows, and which points they are judged on."""
 
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -52,16 +53,18 @@ class Correlation(NamedTuple):
 def correlation(predicted, actual, *, seed=0, draws=2000):
     """Return the Correlation of two vectors (k,) of loss changes, in nats."""
     pair = np.asarray(predicted), np.asarray(actual)
-    found = stats.bootstrap(
-        pair,
-        lambda *some: stats.pearsonr(*some).statistic,
-        paired=True,
-        vectorized=False,
-        n_resamples=draws,
-        method="percentile",
-        rng=np.random.default_rng([seed, 65]),
-    )
-    line = stats.linregress(*pair)
+    with warnings.catch_warnings():  # changes that are all alike have no r: NaN
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap(
+            pair,
+            lambda *some: stats.pearsonr(*some).statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=draws,
+            method="percentile",
+            rng=np.random.default_rng([seed, 65]),
+        )
+        line = stats.linregress(*pair)
     return Correlation(float(line.rvalue), list(map(float, found.confidence_interval)), line.slope)
 
 
