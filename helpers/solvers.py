@@ -414,9 +414,9 @@ def gauss_newton_preconditioner(objective, damping):
     """
     g = GaussNewton(objective).dense()
     floor = 1e-6 * np.abs(np.diag(g)).mean()
-    try:  # TensorFlow's, which other work on the machine slows down less than OpenBLAS's
-        factor = tf.linalg.cholesky(damped(g, max(damping, floor)))
-    except tf.errors.InvalidArgumentError:  # the loss is not convex in the outputs
+    # TensorFlow's, which other work on the machine slows down less than OpenBLAS's
+    factor = tf.linalg.cholesky(damped(g, max(damping, floor)))
+    if not np.isfinite(factor).all():  # it has none: the loss is not convex in the outputs
         values, q = np.linalg.eigh(g)
         factor = tf.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
     return Preconditioner(_cholesky_solve, (factor,))
