@@ -47,6 +47,8 @@ class Batches:
         check(y)
         weight = checks.weights(weight, self.n, y)
         for values in (*keras.tree.flatten(x), y):
+            if strategy is not None and _is_on_disk(values):
+                continue  # each process reads its own share alone
             step = self.batch_size if _is_on_disk(values) else self.n
             for start in range(0, self.n, step):
                 checks.finite(values[start : start + step], "training examples", start)
@@ -239,8 +241,7 @@ def of_any_form(x, y):
             "list(generator), its batches."
         )
     if isinstance(x, keras.utils.PyDataset) or (y is None and _is_list_of_batches(x)):
-        batches = x if isinstance(x, list) else _Rereadable(x)
-        return _as_dataset(batches), y
+        return _as_dataset(x), y
     return (x, y) if isinstance(x, tf.data.Dataset) else (arrays(x), one_array(y))
 
 
@@ -248,21 +249,12 @@ def _is_list_of_batches(x):
     return isinstance(x, list) and all(isinstance(part, tuple) and len(part) > 1 for part in x)
 
 
-class _Rereadable:
-    """The batches of a PyDataset, in order, as often as it takes."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __iter__(self):
-        return (self.dataset[i] for i in range(self.dataset.num_batches))
-
-
 def _as_dataset(batches):
-    """Return batches (x, y) or (x, y, weight) as a tf.data.Dataset."""
+    """Return a PyDataset or list of batches (x, y) or (x, y, weight) as a tf.data.Dataset."""
 
     def read():
-        return ((arrays(x), one_array(y), *weight) for x, y, *weight in batches)
+        every = (batches[k] for k in range(len(batches)))
+        return ((arrays(x), one_array(y), *weight) for x, y, *weight in every)
 
     first = next(read(), None)
     if first is None:

@@ -286,15 +286,21 @@ class Objective:
         """Return the gradient of L at theta, regulariser included, (p,) float64."""
         if self.head:
             return self.head.gradient(self.theta)
-        total = _summed_gradient(self).numpy().astype(np.float64)
+        total = summed_loss_and_gradient(self).numpy().astype(np.float64)[1:]
         return total / self.n + self.decay * self.theta
 
 
 @compiled
-def _summed_gradient(objective):
-    def one_batch(x, y, weight):
-        with tf.GradientTape() as tape:
-            loss = tf.tensordot(weight, objective.loss(x, y), 1)
-        return objective.flatten(tape.gradient(loss, objective.tensors))
+def summed_loss_and_gradient(objective):
+    """Return the sum of w_i loss_i over the training data, and its gradient, in one (1 + p,)."""
+    one_batch = partial(loss_and_gradient.graph, objective)
+    return objective.data.accumulate(one_batch, tf.zeros(1 + objective.p, objective.dtype))
 
-    return objective.data.accumulate(one_batch, tf.zeros(objective.p, objective.dtype))
+
+@compiled
+def loss_and_gradient(objective, x, y, weight):
+    """Return the sum of w_i loss_i over a batch, and its gradient, in one vector (1 + p,)."""
+    with tf.GradientTape() as tape:
+        loss = tf.tensordot(weight, objective.loss(x, y), 1)
+    gradient = objective.flatten(tape.gradient(loss, objective.tensors))
+    return tf.concat([loss[None], gradient], 0)

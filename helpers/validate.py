@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
-import tensorflow as tf
 from scipy import stats
 from tqdm.auto import tqdm
 
 from . import checks
 from .influence import predicted_loss_change, s_test
-from .objective import compiled
+from .objective import loss_and_gradient, summed_loss_and_gradient
 from .removals import Removals
 
 
@@ -61,7 +60,7 @@ def validate(objective, x_test, y_test, removals=20, *, damping="auto", solver=N
     order = np.argsort(-np.abs(predicted).max(0), kind="stable")
     top, rest = np.split(order, [-(-removals // 2)])
     random = np.random.default_rng(seed).choice(rest, removals - len(top), replace=False)
-    rows, started = np.stack([*top, *random]), time.perf_counter()
+    rows, started = np.concatenate([top, random]), time.perf_counter()
     if objective.head:
         without = Removals(objective)
         actual = without.loss_change(without.exact(rows), x_test, y_test)
@@ -81,7 +80,7 @@ def validate(objective, x_test, y_test, removals=20, *, damping="auto", solver=N
 def _advice(r, slope, convex, solved):
     """Return one sentence on what to do."""
     if not solved:
-        return "The system was not solved: raise the damping, or take the GaussNewton matrix."
+        return "The system was not solved: raise the damping."
     if r >= 0.9 and 0.8 <= slope <= 1.25:
         return "Order and size can be trusted for single removals."
     if convex:
@@ -99,8 +98,8 @@ def _held_near(objective, rows, x_test, y_test, damping, steps=200):
 
     def target(t, x, y, weight):
         objective.theta, away = t, t - theta
-        whole = _loss_and_gradient(objective).numpy().astype(np.float64) / n
-        own = _own_loss_and_gradient(objective, x, y, weight).numpy().astype(np.float64) / n
+        whole = summed_loss_and_gradient(objective).numpy().astype(np.float64) / n
+        own = loss_and_gradient(objective, x, y, weight).numpy().astype(np.float64) / n
         value, gradient = whole[0] - own[0], whole[1:] - own[1:]
         kept = (1 - 1 / n) * objective.decay * t
         value += kept @ t / 2 - slope @ away + damping / 2 * away @ away
@@ -119,19 +118,3 @@ def _held_near(objective, rows, x_test, y_test, damping, steps=200):
     finally:
         objective.theta = theta
     return np.array(changes).T.reshape(len(before), -1)
-
-
-@compiled
-def _loss_and_gradient(objective):
-    """Return the sums over all examples of w_i loss_i and its gradient, as one vector (1 + p,)."""
-    zeros = tf.zeros(objective.p + 1, objective.dtype)
-    one_batch = _own_loss_and_gradient.graph
-    return objective.data.accumulate(lambda *batch: one_batch(objective, *batch), zeros)
-
-
-@compiled
-def _own_loss_and_gradient(objective, x, y, weight):
-    with tf.GradientTape() as tape:
-        loss = tf.tensordot(weight, objective.loss(x, y), 1)
-    gradient = objective.flatten(tape.gradient(loss, objective.tensors))
-    return tf.concat([[tf.cast(loss, objective.dtype)], gradient], 0)
