@@ -74,7 +74,7 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
     size = (3.3 * len(panels), 3.5)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     values = np.array(list(panels.values()), float)
-    ends = np.array([np.nanmin(values), np.nanmax(values)])
+    ends = np.nanmin(values), np.nanmax(values)
     cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
@@ -89,9 +89,8 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.tick_params(labelsize=7)  # seven ticks fit a panel
-        margin = np.array([-0.05, 0.05]) * np.ptp(ends)
-        axis.set(xlim=ends + margin, ylim=ends + margin, box_aspect=1)
-        axis.label_outer(remove_inner_ticks=False)
+        axis.set(box_aspect=1)  # the line's ends give all axes the same limits
+        axis.label_outer()
     axes[0, 0].set_ylabel(f"actual change ({unit})")
     if colour is not None:
         figure.colorbar(dots, ax=axes, label=colour_label)
