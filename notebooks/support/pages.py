@@ -51,7 +51,7 @@ def summary_page():
     lines = [_markdown_row([*columns, "real: published", "real: ours"]), "|" + " --- |" * 7]
     for row in notebooks().itertuples():
         told = [text for t in tables for text in fared(t[t["notebook"] == row.notebook])]
-        cells = [_link(row.notebook, row.notebook[:2]), row.question, _in_short(row.answer), *told]
+        cells = [_link(row.notebook, row.notebook[:2]), row.question, in_short(row.answer), *told]
         lines.append(_markdown_row(cells))
     return "\n".join(lines)
 
@@ -126,7 +126,7 @@ def _link(notebook, text, up=""):
     return f"[{text}]({up}notebooks/{notebook}.ipynb)"
 
 
-def _in_short(answer, least=50):
+def in_short(answer, least=50):
     """Return an answer's first sentence, and the next where the first says too little."""
     ends = [m.end() for m in re.finditer(r"[.](?= [A-Z*]|$)", answer)]
     return answer[: next((end for end in ends if end >= least), None)]
