@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from docutils.nodes import SkipNode, container
+from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.docutils import SphinxDirective
 
@@ -139,14 +139,13 @@ class Cards(SphinxDirective):
     """A card a notebook: its question, a figure (the published one's, if any), its answer."""
 
     def run(self):
-        box = container(classes=["cards"])
+        cards = []
         for row in pages.notebooks().itertuples():
             figures = pages.figures_of("demo", row.notebook, up="../figures/demo/")
             figure = sorted(figures, key=lambda text: "fig" not in text.split("](")[0])[:1]
             title = f"## [{row.notebook[:2]} · {row.question}](../notebooks/{row.notebook}.ipynb)"
-            card = "\n".join([title, *figure, "", pages.in_short(row.answer)])
-            box += self.parse_text_to_nodes(card, allow_section_headings=True)
-        return [box]
+            cards += [title, *figure, "", pages.in_short(row.answer), ""]
+        return self.parse_text_to_nodes("\n".join(cards), allow_section_headings=True)
 
 
 class Modules(SphinxDirective):
