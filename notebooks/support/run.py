@@ -307,8 +307,8 @@ def _start_from_what_is_committed(profile):
 def promote(profile, chosen):
     """Copy finished runs to what is committed: figures/<profile>/ and, of `demo`, notebooks/.
 
-    Of the other profiles only numbers are copied, no picture, and only from a run of the code that
-    is committed.
+    Of the other profiles only numbers and plots are copied, no figure that shows a picture, and
+    only from a run of the code that is committed.
     """
     runs, jobs = folder("runs", profile), jobs_of(profile, chosen)
     for job in jobs:
@@ -318,12 +318,14 @@ def promote(profile, chosen):
         if profile != "demo":
             for made in read_record(record)["runs"].values():
                 _refuse_other_code(job.name, made["commit"])
-    target, kinds = folder("figures", profile), ("json", "png") if profile == "demo" else ("json",)
+    target = folder("figures", profile)
     for notebook in chosen:
-        for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in kinds):
+        for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in ("json", "png")):
             for old in target.glob(pattern):
                 old.unlink()
             for new in (runs / "figures").glob(pattern):
+                if new.suffix == ".png" and profile != "demo" and not pages.is_plot(new):
+                    continue
                 write(target / new.name, new.read_bytes())
         if profile == "demo":
             executed = tidy(nbformat.read(runs / notebook.name, 4), injected=False)
