@@ -11,8 +11,8 @@ TEST := $(BIN)/python -m pytest --nbval
 RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
-  crosscheck peers clean-cache
+.PHONY: help data reproduce real thesis test lab refresh readme site lock lint backbone benchmark \
+  scaling crosscheck peers clean-cache
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -25,6 +25,9 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation -e .
 	@touch $@
+
+data: .venv/ready  ## fetch the public data sets (says which, from where); ONLY="mnist vehicles"
+	PYTHONPATH=.:notebooks $(BIN)/python -m support.fetch $(ONLY)
 
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
 	$(RUN) --profile demo $(NOTEBOOKS)

@@ -45,8 +45,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
     modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
     module = next(m for m in modules if hasattr(m, name))
     if weights not in ("imagenet", None) and not Path(weights).exists():
-        home = stored.named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
-        weights = home / "models" / weights
+        weights = stored.keras_home() / "models" / weights
     size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
     try:
         with _float32(), patch.object(file_utils, "get_file", _on_disk):
@@ -64,7 +63,8 @@ def _on_disk(name, origin, *, cache_subdir="models", file_hash=None, **_):
     path = Path(file_utils.config.keras_home()).expanduser() / cache_subdir / name
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing, and nothing is downloaded behind your back. Get it from {origin}, "
+            f"{path} is missing, and nothing is downloaded behind your back. `make data "
+            f"ONLY=weights` brings MobileNetV2 and InceptionV3. Get it from {origin}, "
             "put it there (KERAS_HOME names another folder than ~/.keras), and run again"
         )
     if file_hash and not file_utils.validate_file(str(path), file_hash):

@@ -52,6 +52,11 @@ def data_root():
     return named_folder("THESIS_DATA") or ROOT / "data" / "raw"
 
 
+def keras_home():
+    """Return Keras's own folder of weights and data sets: `KERAS_HOME` if set, else ~/.keras."""
+    return named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
+
+
 def folder(*parts):
     """Return ROOT/parts as a folder that exists and can be written to.
 
