@@ -6,6 +6,7 @@
 
 Layers, top to bottom; an import may only point down:
 
+    validate
     influence, removals, ekfac
     solvers
     spectrum, fit
@@ -33,6 +34,7 @@ from .objective import Objective
 from .removals import Removals
 from .solvers import CG, Cholesky, Eigh, LiSSA, LowRank, solve
 from .spectrum import choose_damping
+from .validate import validate
 
 __all__ = [
     "CG",
@@ -54,4 +56,5 @@ __all__ = [
     "s_test",
     "self_influence",
     "solve",
+    "validate",
 ]

@@ -44,11 +44,14 @@ class Batches:
             return
         self.n = len(y)
         self.batch_size = min(self.n, batch_size or self.affordable(bytes_an_example))
-        weight = checks.weights(weight, self.n)
         check(y)
+        weight = checks.weights(weight, self.n, y)
         for values in (*keras.tree.flatten(x), y):
-            if not _is_on_disk(values):
-                checks.finite(values, "training examples")
+            if strategy is not None and _is_on_disk(values):
+                continue  # each process reads its own share alone
+            step = self.batch_size if _is_on_disk(values) else self.n
+            for start in range(0, self.n, step):
+                checks.finite(values[start : start + step], "training examples", start)
         if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
             self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
         else:
@@ -66,9 +69,9 @@ class Batches:
         for x, y, *weight in dataset:
             checks.lengths(x, y)
             for values in (*keras.tree.flatten(x), y):
-                checks.finite(values, f"examples of batch {len(sizes)}")
+                checks.finite(values, "training examples", sum(sizes))
             check(y)
-            total += checks.weights(weight[0] if weight else None, len(y), some=False).sum()
+            total += checks.weights(weight[0] if weight else None, len(y), y, some=False).sum()
             first = checks.checksum((x, y, *weight), first)
             sizes.append(len(y))
         if not sum(sizes):
@@ -145,22 +148,28 @@ class Batches:
             run = partial(self._sum, function, zeros, copies)
             return self.strategy.reduce("SUM", self.strategy.run(run, args=self._shares), axis=None)
         if not self.in_memory and not extra:
-            total = zeros
-            for x, y, weight in self._dataset:
-                total += function(x, y, weight)
-            return total
+            every = iter(self._dataset)
+            return tf.while_loop(
+                lambda batch, total: batch.has_value(),
+                lambda batch, total: (
+                    every.get_next_as_optional(),
+                    total + function(*batch.get_value()),
+                ),
+                (every.get_next_as_optional(), zeros),
+            )[1]
         return self._sum(function, zeros, copies, *self._tensors(), *extra)
 
     def _sum(self, function, zeros, copies, *data):
         """Return zeros + the sum of function(*batch) over batches of tensors in memory."""
-        total, n, step = zeros, data[1].shape[0], self.rows_for(copies)
+        n, step = data[1].shape[0], self.rows_for(copies)
         if n <= step:
-            total += function(*data)
-        else:
-            for start in tf.range(0, n, step):
-                rows = slice(start, start + step)
-                total += function(*keras.tree.map_structure(lambda a, r=rows: a[r], data))
-        return total
+            return zeros + function(*data)
+
+        def add(start, total):
+            batch = keras.tree.map_structure(lambda a: a[start : start + step], data)
+            return start + step, total + function(*batch)
+
+        return tf.while_loop(lambda start, total: start < n, add, (0, zeros))[1]
 
     def over_replicas(self, function, copies):
         """Return rows function(*batch) (b, k) of every replica's share, in the examples' order.
@@ -171,11 +180,13 @@ class Batches:
         def of_a_share(*share):
             n, step = share[1].shape[0], self.rows_for(copies)
             parts = tf.TensorArray(self.dtype, -(-n // step), element_shape=(None, None))
-            for i in tf.range(-(-n // step)):
+
+            def one(i, parts):
                 rows = slice(i * step, (i + 1) * step)
-                batch = keras.tree.map_structure(lambda a, r=rows: a[r], share)
-                parts = parts.write(i, function(*batch))
-            return parts.concat()
+                batch = keras.tree.map_structure(lambda a: a[rows], share)
+                return i + 1, parts.write(i, function(*batch))
+
+            return tf.while_loop(lambda i, _: i < -(-n // step), one, (0, parts))[1].concat()
 
         parts = self.strategy.run(of_a_share, args=self._shares)
         return self.strategy.gather(parts, axis=0)
@@ -192,6 +203,9 @@ class Batches:
                 "Single examples can be picked from arrays only: pass the training data as arrays "
                 "in memory, not as a tf.data.Dataset or memory-mapped."
             )
+        if self._data[2].dtype != self.dtype:  # of an objective's copy in float64
+            with tf.init_scope():
+                self._data = self._complete(*self._data)
         return self._data
 
     def subset(self, rows):
@@ -214,15 +228,90 @@ class Batches:
         return min(self.batch_size, self.affordable(copies * self.bytes_an_example))
 
 
+def of_any_form(x, y):
+    """Return x, y as arrays that can be sliced, or a tf.data.Dataset and None.
+
+    x may be what `keras.Model.fit` takes: arrays, nested as the model's inputs are, lists of
+    numbers, frames, SciPy's sparse matrices (dense a batch at a time), a Dataset, or, with the
+    labels inside, a PyDataset or a list of batches (x, y) or (x, y, weight).
+    """
+    if hasattr(x, "__next__"):
+        raise ValueError(
+            "A generator can be read only once, and the examples are read many times: pass "
+            "list(generator), its batches."
+        )
+    if isinstance(x, keras.utils.PyDataset) or (y is None and _is_list_of_batches(x)):
+        return _as_dataset(x), y
+    return (x, y) if isinstance(x, tf.data.Dataset) else (arrays(x), one_array(y))
+
+
+def _is_list_of_batches(x):
+    return isinstance(x, list) and all(isinstance(part, tuple) and len(part) > 1 for part in x)
+
+
+def _as_dataset(batches):
+    """Return a PyDataset or list of batches (x, y) or (x, y, weight) as a tf.data.Dataset."""
+
+    def read():
+        every = (batches[k] for k in range(len(batches)))
+        return ((arrays(x), one_array(y), *weight) for x, y, *weight in every)
+
+    first = next(read(), None)
+    if first is None:
+        raise ValueError("The training data hold no example.")
+    first = keras.tree.map_structure(np.asarray, first)
+    shapes = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape[1:]), a.dtype), first)
+    return tf.data.Dataset.from_generator(read, output_signature=shapes)
+
+
 def arrays(x):
-    """Return x with lists of numbers as arrays; what has a shape stays as it is."""
-    return keras.tree.map_structure(lambda a: a if hasattr(a, "shape") else np.asarray(a), x)
+    """Return x as arrays that can be sliced, nested as the model's inputs are."""
+    if isinstance(x, (list, tuple)) and not any(hasattr(a, "shape") for a in keras.tree.flatten(x)):
+        return _array(x)  # rows of numbers, not inputs
+    return keras.tree.map_structure(_array, x)
 
 
 def one_array(y):
-    """Return the labels of the one output, which may come as a dict of one."""
-    y = keras.tree.flatten(y)[0] if isinstance(y, dict) and len(y) == 1 else y
-    return y if hasattr(y, "shape") else np.asarray(y)
+    """Return the labels of the one output, which may come as a dict or a list of one."""
+    if isinstance(y, dict) and len(y) == 1:
+        (y,) = y.values()
+    elif isinstance(y, (list, tuple)) and len(y) == 1 and np.ndim(y[0]):
+        (y,) = y
+    return _array(y)
+
+
+def _array(a):
+    """Return one input as an array: frames as numbers, sparse matrices by their rows."""
+    if hasattr(a, "tocsr"):
+        return _SparseRows(a.tocsr())
+    if isinstance(a, tf.RaggedTensor):
+        raise ValueError("A ragged tensor has no shape: pad it, a.to_tensor(), and mask.")
+    if hasattr(a, "to_numpy"):
+        return checks.numbers(a)
+    if hasattr(a, "shape"):
+        return a
+    try:
+        return np.asarray(a)
+    except ValueError:
+        raise ValueError("Rows of a list differ in length: pad them to one length.") from None
+
+
+class _SparseRows:
+    """A SciPy sparse matrix whose rows are dense when they are read, as those of a file are."""
+
+    chunks = True
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.dtype = matrix, matrix.shape, matrix.dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return self.matrix[rows].toarray()
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.matrix.toarray(), dtype)
 
 
 def _is_on_disk(array):

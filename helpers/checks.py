@@ -59,13 +59,20 @@ def group(chosen, n):
     return chosen
 
 
-def weights(given, n, *, some=True):
-    """Return sample weights (n,) float64, >= 0; (n, 1) will do, as in Keras.
+def weights(given, n, y, *, some=True):
+    """Return sample weights (n,) float64, >= 0; (n, 1) will do, or a dict {class: weight}.
 
-    some : whether all of them may not be zero.
+    y : the labels. some : whether all weights may not be zero.
     """
     if given is None:
         return np.ones(n)
+    if isinstance(given, dict):
+        y = np.asarray(y)
+        classes = y.argmax(1) if y.ndim == 2 and y.shape[1] > 1 else y.reshape(n)
+        missing = sorted(set(classes.tolist()) - given.keys())
+        if missing:
+            raise ValueError(f"sample_weight has no weight for class {missing[0]}.")
+        given = [given[label] for label in classes.tolist()]
     given = np.asarray(given, np.float64)
     if given.shape not in ((n,), (n, 1)):
         raise ValueError(
@@ -105,6 +112,16 @@ def inputs(model, x, like=None):
             )
 
 
+def stateless(model):
+    """Refuse layers that carry a state from one batch to the next."""
+    for layer in keras_facts.all_layers(model):
+        if getattr(layer, "stateful", False) is True:
+            raise ValueError(
+                f"The layer {layer.name} keeps its state from batch to batch, so an example has no "
+                "loss of its own: build it with stateful=False and give it the weights."
+            )
+
+
 def _same(shape, wanted):
     """Return whether a shape is the wanted one, whose None stand for any length."""
     return len(shape) == len(wanted) and all(
@@ -112,16 +129,32 @@ def _same(shape, wanted):
     )
 
 
-def finite(values, what):
-    """Refuse real values (n, ...) that hold NaN or infinity; `what` they are, in words."""
+def numbers(frame):
+    """Return a pandas frame or series as an array of one type; refuse columns of text."""
+    values = frame.to_numpy()
+    if values.dtype.kind != "O":
+        return values
+    try:
+        return values.astype(float)
+    except (TypeError, ValueError):
+        if values.ndim == 1:
+            return values  # texts, which may go into the model as they are
+    texts = [str(name) for name in frame if frame[name].to_numpy().dtype.kind not in "biuf"]
+    raise ValueError(
+        f"The columns {', '.join(texts)} hold text: number their values, as pd.get_dummies does."
+    )
+
+
+def finite(values, what, start=0):
+    """Refuse real values (n, ...) that hold NaN or infinity; `what` they are, from number start."""
     values = np.asarray(values)
     if values.dtype.kind not in "fc":
         return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
     if bad.any():
         raise ValueError(
-            f"{bad.sum()} {what} hold NaN or infinity, the first is number {bad.argmax()}: repair "
-            "them or leave them out."
+            f"{bad.sum()} {what} hold NaN or infinity, the first is number "
+            f"{start + bad.argmax()}: repair them or leave them out."
         )
 
 

@@ -122,7 +122,7 @@ class Head:
         ).numpy()
         return np.moveaxis(values.reshape(m, *k, *values.shape[1:]), 1, -1) if k else values
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def _losses(self, y, outputs):
         return self.losses_in_graph(y, outputs)
 
@@ -131,14 +131,14 @@ class Head:
         values = self.objective.loss.entries(y, self._activation(outputs), "float64")
         return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def _residuals(self, y, outputs):
         with tf.GradientTape() as tape:
             tape.watch(outputs)
             losses = self._losses(y, outputs)
         return tape.gradient(losses, outputs)
 
-    @tf.function(reduce_retracing=True, autograph=False)
+    @keras_facts.traced
     def tf_curvatures(self, y, outputs):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)

@@ -56,7 +56,7 @@ class Symmetric(LinearOperator):
         def matvec(v, damping):
             return tf.cast(self.product()(tf.cast(v, precision)), tf.float64) + damping * v
 
-        return self.compiled.setdefault("damped", tf.function(matvec, reduce_retracing=True))
+        return self.compiled.setdefault("damped", keras_facts.traced(matvec))
 
     def _matmat(self, vectors):
         return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()
@@ -262,7 +262,7 @@ def _regularised(objective, vectors, one_vector, rows):
         copies = (columns.shape[0] or 64) if is_vectorisable(objective) else 1
         total = data.accumulate(one_batch, tf.zeros_like(columns), copies) / data.n
     else:
-        total = one_batch(*data.gather(rows)) / tf.cast(len(rows), vectors.dtype)
+        total = one_batch(*data.gather(rows)) / tf.cast(tf.shape(rows)[0], vectors.dtype)
     decay = tf.constant(objective.decay[:, None], objective.dtype)
     return tf.transpose(total) + decay * vectors
 

@@ -5,8 +5,10 @@ point is helpful. `influence_on_loss` is Koh & Liang's I_up,loss = -n times that
 """
 
 import warnings
+from functools import partial
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -154,40 +156,43 @@ def self_influence(H, x, y, *, damping=0.0):
 
 
 def influence_wrt_input(objective, s, x, y):
-    """Return d(s . grad loss(z_i)) / d x_i of each given example, shaped like x.
+    """Return d(s . grad loss(z_i)) / d x_i of each given example, nested and shaped like x.
 
     Koh & Liang 2017, section 2.2: I_pert,loss up to its sign. A step of x_i along this makes the
-    example more helpful for the test point of `s`, a step against it more harmful. s : (p,).
+    example more helpful for the test point of `s`, a step against it more harmful. Inputs that are
+    integers or text have no gradient: None beside others, ValueError alone. s : (p,).
     """
     s = _columns(objective, s)
     if s.shape[1] != 1:
         raise ValueError(f"s has {s.shape[1]} columns: pass that of one test point.")
-    s = tf.constant(s[:, 0], objective.dtype)
-    if not tf.as_dtype(np.asarray(x).dtype).is_floating:
+    s, (x, y) = tf.constant(s[:, 0], objective.dtype), objective.examples(x, y)
+    real = [a.dtype.kind == "f" for a in keras.tree.flatten(x)]
+    if not any(real):
         raise ValueError(
             "influence_wrt_input needs real-valued inputs: integers have no gradient. For text "
             "take the output of the embedding as input."
         )
-    batches = objective.data.of(*objective.examples(x, y))
-    parts = [_input_gradients(objective, s, xb, yb).numpy() for xb, yb, _ in batches]
-    return np.concatenate(parts)
+    parts = [_input_gradients(objective, s, xb, yb) for xb, yb, _ in objective.data.of(x, y)]
+    every = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return keras.tree.pack_sequence_as(x, [next(every) if r else None for r in real])
 
 
 @compiled
 def _input_gradients(objective, s, x, y):
+    real = [a for a in keras.tree.flatten(x) if a.dtype.is_floating]
     if by_differences(objective):
-        return along(objective, s, lambda: _slope_of_input(objective, x, y))
-    parts = objective.unflatten(s)
+        return [along(objective, s, partial(_slope_of_input, objective, x, y, a)) for a in real]
+    parts, none = objective.unflatten(s), tf.UnconnectedGradients.ZERO
     with tf.GradientTape() as outer:
-        outer.watch(x)
+        outer.watch(real)
         with tf.GradientTape() as inner:
             loss = tf.reduce_sum(objective.loss(x, y))
         dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
-    return outer.gradient(dot, x)
+    return outer.gradient(dot, real, unconnected_gradients=none)
 
 
-def _slope_of_input(objective, x, y):
+def _slope_of_input(objective, x, y, one):
     with tf.GradientTape() as tape:
-        tape.watch(x)
+        tape.watch(one)
         loss = tf.reduce_sum(objective.loss(x, y))
-    return tape.gradient(loss, x)
+    return tape.gradient(loss, one, unconnected_gradients=tf.UnconnectedGradients.ZERO)

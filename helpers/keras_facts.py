@@ -16,6 +16,8 @@ from keras.src.models import Functional
 from keras.src.trainers.compile_utils import get_loss
 
 losses = keras.losses
+# Keras runs layers and losses as they are; AutoGraph would take as long as all other tracing
+traced = partial(tf.function, autograph=False, reduce_retracing=True)
 SPARSE = {losses.sparse_categorical_crossentropy}
 BINARY = {losses.binary_crossentropy, losses.binary_focal_crossentropy}
 OF_LOGITS = SPARSE | {losses.binary_crossentropy, losses.categorical_crossentropy}
@@ -159,7 +161,7 @@ def last_activation(model, x):
         logits = logits_of(predictions)
         return predictions, predictions if logits is None else logits, logits is not None
 
-    predictions, logits, found = tf.function(both, autograph=False).get_concrete_function()()
+    predictions, logits, found = traced(both).get_concrete_function()()
     if not found or logits.shape != predictions.shape:
         return None
     kind = keras.activations if hung[0] else tf.nn  # Keras's losses tell them apart
@@ -398,7 +400,7 @@ def end_of(model, x, variables):
                 found[0] = End(dense, after is predictions, direct)
         return predictions
 
-    tf.function(call, autograph=False).get_concrete_function(x)
+    traced(call).get_concrete_function(x)
     return found[0]
 
 
@@ -433,7 +435,7 @@ def last_layer(model, x):
                 left += [t.ref() for t in tensor.deref().op.inputs]
         return predictions
 
-    tf.function(walk, autograph=False).get_concrete_function(x)
+    traced(walk).get_concrete_function(x)
     unique = list({id(la): la for la in found}.values())
     own = [v for v in unique if v is None]
     if len(unique) != 1 or own:

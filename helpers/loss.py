@@ -66,7 +66,7 @@ class ExampleLoss:
             outputs = self.outputs(x)
             return outputs, keras_facts.mask_of(outputs)
 
-        return tf.function(both, reduce_retracing=True)
+        return keras_facts.traced(both)
 
     def of_outputs(self, y, outputs):
         """Return the loss of each example, (b,), from what `outputs` returned."""
@@ -163,7 +163,7 @@ class ExampleLoss:
         self._steps = None
         if self._mask(x, y) is None:
             return
-        count = tf.function(lambda x, y: tf.math.count_nonzero(self._mask(x, y)))
+        count = keras_facts.traced(lambda x, y: tf.math.count_nonzero(self._mask(x, y)))
         total = sum(int(count(x, y)) for x, y, _ in batches.each())
         if not total:
             raise ValueError("Every step of the training data is masked: nothing counts.")

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from . import checks, keras_facts
 from . import parameters as theta_of
-from .batches import Batches, arrays, one_array
+from .batches import Batches, arrays, of_any_form, one_array
 from .head import Head
 from .loss import ExampleLoss
 
@@ -34,7 +34,7 @@ def compiled(function):
         cache = objective.compiled
         if function not in cache:
             _ = objective.head  # built and probed here, since that can not be inside a graph
-            cache[function] = tf.function(partial(function, objective), reduce_retracing=True)
+            cache[function] = keras_facts.traced(partial(function, objective))
         return cache[function](*args)
 
     call.__doc__, call.__name__, call.graph = function.__doc__, function.__name__, function
@@ -99,11 +99,13 @@ class Objective:
     ):
         self.model = model
         self.compiled = {}  # one tf.function a kind of product, freed with the objective
+        x, y = of_any_form(x, y)
         if isinstance(x, tf.data.Dataset):
             checks.once(x)
-            first, labels = next(iter(x))[:2]
+            first, labels, *_ = next(iter(x), (None, None))
+            if first is None:
+                raise ValueError("The training data hold no example.")
         else:
-            x, y = arrays(x), one_array(y)
             checks.lengths(x, y)
             if not len(y):
                 raise ValueError("The training data hold no example.")
@@ -113,6 +115,7 @@ class Objective:
             )
         keras_facts.resize_in_float64(model)
         checks.inputs(model, first)
+        checks.stateless(model)
         self._input_shapes = [tuple(a.shape) for a in keras.tree.flatten(first)]
         predictions = keras_facts.predict(model, first)  # builds a model that was not called yet
         self.variables = theta_of.selected(model, parameters, first)
@@ -225,7 +228,7 @@ class Objective:
         def assign(vector):
             self.move(self.unflatten(vector))
 
-        return tf.function(assign)  # ten times as fast as one by one, and descents do it often
+        return keras_facts.traced(assign)  # ten times as fast as one by one
 
     def flatten(self, tensors):
         """Return a list shaped like the variables as one vector (p,); None counts as zero."""
@@ -263,7 +266,7 @@ class Objective:
 
     @cached_property
     def _batch_losses(self):
-        return tf.function(lambda x, y: self.loss(x, y), reduce_retracing=True)
+        return keras_facts.traced(lambda x, y: self.loss(x, y))
 
     def loss_of_predictions(self, y, predictions):
         """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""
@@ -283,15 +286,21 @@ class Objective:
         """Return the gradient of L at theta, regulariser included, (p,) float64."""
         if self.head:
             return self.head.gradient(self.theta)
-        total = _summed_gradient(self).numpy().astype(np.float64)
+        total = summed_loss_and_gradient(self).numpy().astype(np.float64)[1:]
         return total / self.n + self.decay * self.theta
 
 
 @compiled
-def _summed_gradient(objective):
-    def one_batch(x, y, weight):
-        with tf.GradientTape() as tape:
-            loss = tf.tensordot(weight, objective.loss(x, y), 1)
-        return objective.flatten(tape.gradient(loss, objective.tensors))
+def summed_loss_and_gradient(objective):
+    """Return the sum of w_i loss_i over the training data, and its gradient, in one (1 + p,)."""
+    one_batch = partial(loss_and_gradient.graph, objective)
+    return objective.data.accumulate(one_batch, tf.zeros(1 + objective.p, objective.dtype))
 
-    return objective.data.accumulate(one_batch, tf.zeros(objective.p, objective.dtype))
+
+@compiled
+def loss_and_gradient(objective, x, y, weight):
+    """Return the sum of w_i loss_i over a batch, and its gradient, in one vector (1 + p,)."""
+    with tf.GradientTape() as tape:
+        loss = tf.tensordot(weight, objective.loss(x, y), 1)
+    gradient = objective.flatten(tape.gradient(loss, objective.tensors))
+    return tf.concat([loss[None], gradient], 0)

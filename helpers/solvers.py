@@ -22,6 +22,7 @@ import tensorflow as tf
 from . import checks
 from .gradients import by_differences, is_vectorisable
 from .hessian import GaussNewton, as_operator
+from .keras_facts import traced
 from .linalg import Factor, damped
 from .spectrum import choose_damping, spectrum
 
@@ -34,12 +35,13 @@ def solve(H, b, solver=None, *, damping="auto"):
     H : a `Hessian` or `GaussNewton`, an Objective for its Hessian, or a symmetric array (p, p).
     b : (p,) or columns (p, k).
     solver : one of the solver objects below; by default `Cholesky` for a head of up to 5,000
-        parameters and for an array, else `CG`.
+        parameters and for an array, else `CG`, and `Eigh` where that met negative curvature among
+        up to 1,000 parameters: then x solves the equations, but minimises nothing.
     damping : of the default solver: a number, or "auto" for `spectrum.choose_damping` (0 for an
         array, which is taken as it is).
     """
-    H = as_operator(H)
-    if solver is None:
+    H, chosen = as_operator(H), solver is None
+    if chosen:
         dense = not H.objective or (H.objective.head and H.shape[0] <= DENSE_LIMIT)
         solver = Cholesky(damping) if dense else CG(damping)
     elif not isinstance(solver, Solver):
@@ -59,7 +61,10 @@ def solve(H, b, solver=None, *, damping="auto"):
     size = np.abs(b).max(0, initial=0)
     size[size == 0] = 1.0  # squares of 1e-170 would be zero
     x, known = solver.run(H, b / size)
-    return _certified(H, b / size, x, size, single, solver, known)
+    found = _certified(H, b / size, x, size, single, solver, known)
+    if chosen and isinstance(solver, CG) and found.negative_curvature.any() and len(b) <= 1000:
+        return solve(H, b[:, 0] if single else b, Eigh(solver.damping, solver.rtol))
+    return found
 
 
 class Solution(NamedTuple):
@@ -139,8 +144,8 @@ def columns_of(b):
 def _certified(H, b, x, size, single, solver, known):
     """Return the Solution x * size: what is `known` about the solve, and its true residual."""
     product, k = known.get("product") or partial(_fresh, H, solver.damping), b.shape[1]
-    residual = np.linalg.norm(b - np.asarray(product(x), np.float64), axis=0)
-    norms = np.linalg.norm(b, axis=0)
+    residual = known["residual"] if "residual" in known else b - np.asarray(product(x), np.float64)
+    residual, norms = np.linalg.norm(residual, axis=0), np.linalg.norm(b, axis=0)
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
     negative = known.get("negative", np.zeros(k, bool))
     low, high = known.get("spectrum", (np.nan, np.nan))
@@ -269,9 +274,7 @@ class CG(Solver):
     def run(self, H, b):
         precondition = self._preconditioner(H)
         loop = partial(_cg_loop, H.damped, precondition.function)
-        run = H.compiled.setdefault(
-            ("CG", precondition.function), tf.function(loop, reduce_retracing=True)
-        )
+        run = H.compiled.setdefault(("CG", precondition.function), traced(loop))
         shift = tf.constant(self.damping, tf.float64)
         x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
         steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
@@ -297,7 +300,8 @@ class CG(Solver):
             if not missed.any() or steps.max() >= self.max_steps:
                 break
             rhs = residual * missed
-        return x, known | {"steps": steps, "negative": negative, "history": np.concatenate(history)}
+        known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
+        return x, known | {"residual": residual}
 
     def _preconditioner(self, H):
         which = self.precondition
@@ -334,7 +338,7 @@ def _cg_loop(matvec, precondition, b, damping, stop, max_steps, *arrays):
 
     def step(i, x, q, s, c, norms, taken, negative, history):
         active = norms > stop
-        t = matvec(s, damping)
+        t = tf.ensure_shape(matvec(s, damping), s.shape)  # of a graph made for any k columns
         dropped = tf.cast(tf.reduce_all(s == 0, 0), tf.float64)
         values, vectors = _small_eigh(s, t, dropped)
         bad = values[0] <= 0
@@ -410,12 +414,11 @@ def gauss_newton_preconditioner(objective, damping):
     """
     g = GaussNewton(objective).dense()
     floor = 1e-6 * np.abs(np.diag(g)).mean()
-    try:
-        factor = np.linalg.cholesky(damped(g, max(damping, floor)))
-    except np.linalg.LinAlgError:  # the loss is not convex in the outputs
+    # TensorFlow's, which other work on the machine slows down less than OpenBLAS's
+    factor = tf.linalg.cholesky(damped(g, max(damping, floor)))
+    if not np.isfinite(factor).all():  # it has none: the loss is not convex in the outputs
         values, q = np.linalg.eigh(g)
-        factor = np.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
-    factor = tf.constant(factor)
+        factor = tf.linalg.cholesky((q * (np.abs(values) + max(damping, floor))) @ q.T)
     return Preconditioner(_cholesky_solve, (factor,))
 
 
@@ -479,7 +482,7 @@ class LiSSA(Solver):
         low = max(seen.lambda_min + self.damping, 1e-6 * scale)
         depth = self.depth or int(np.clip(np.log(1 / self.rtol) * scale / low, 10, 20_000))
         x, drawn = np.zeros_like(b), 0 if batch == n else batch
-        loop = tf.function(partial(_lissa, H, drawn == 0), reduce_retracing=True)
+        loop = traced(partial(_lissa, H, drawn == 0))
         loop = H.compiled.setdefault(("LiSSA", drawn == 0), loop)
         numbers = [tf.constant(float(a), H.precision) for a in (self.damping, scale)]
         for _ in range(self.samples):

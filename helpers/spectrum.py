@@ -12,6 +12,7 @@ import scipy.linalg
 import tensorflow as tf
 
 from .hessian import as_operator
+from .keras_facts import traced
 
 
 class Spectrum(NamedTuple):
@@ -65,7 +66,7 @@ def _products_of_rows(H, rows):
     def product(v, rows):
         return tf.cast(H.product(rows)(tf.cast(v, precision)), tf.float64)
 
-    graph = H.compiled.setdefault("rows", tf.function(product, reduce_retracing=True))
+    graph = H.compiled.setdefault("rows", traced(product))
     return lambda v: graph(v, tf.constant(rows))
 
 

@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from support import claims, evaluation, figures, pages, stored
 from support.claims import claim
@@ -56,6 +57,8 @@ def four():
         (0.5, (-0.1, 0.9), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, 0.1), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, -0.1), {"interval_above": 0}, "does not hold"),
+        (0.5, (0.1, 0.9), {"interval_holds": 0.8}, "holds"),
+        (0.5, (0.1, 0.9), {"interval_holds": 0.95}, "does not hold"),
         (None, None, {"at_least": 2}, "not run"),
     ],
 )
@@ -149,7 +152,10 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
         (claims.committed(profile) / "04_verdicts.json").write_bytes(written)
         (claims.committed(profile) / "04_picture.png").touch()
     readme = tmp_path / "README.md"
-    frame = "before\n<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n"
+    frame = "before\n<!-- published -->\nold\n<!-- end published -->\nbetween\n"
+    frame += "<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n"
+    listed = [{"figure": "Fig. 9", "shows": "It.", "claims": ["a", "b"], "why": "So."}]
+    (tmp_path / "figures" / "published.yaml").write_text(yaml.dump(listed), encoding="utf-8")
     readme.write_text(frame, encoding="utf-8")
     pages.update_readme(readme)
     text = readme.read_text(encoding="utf-8")
@@ -159,6 +165,8 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | {told} | {told} |" in text
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - | - | - |" in text
     assert text.startswith("before\n")
+    told = "1.5; - | 1.23; 0.95 | reproduced (1 of 2), partly (1 of 2)"
+    assert f"| [Fig. 9](notebooks/04_influence.ipynb) | It. | {told} | So. |" in text
     assert text.endswith("after\n")
     page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")
     assert "| claim b (`b`) | thesis | at least 1 | 0.95 | partly |" in page

@@ -124,6 +124,7 @@ def test_the_floors_of_the_house():
 
 def test_imports_between_helpers_only_point_down():
     layers = [
+        {"validate"},
         {"influence", "removals", "ekfac"},
         {"solvers"},
         {"spectrum", "fit"},

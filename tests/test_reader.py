@@ -38,12 +38,12 @@ def test_every_text_file_is_opened_with_its_encoding():
 @pytest.mark.parametrize("name", ["helpers", "influence_functions"])
 def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
     """In any folder, with the package that is installed, or with a copy of another name."""
-    first, then = re.findall(r"```python\n(.*?)```", README, re.S)
+    first, *then = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len([line for line in first.splitlines() if line]) <= 16
     if name != "helpers":
         shutil.copytree(ROOT / "helpers", tmp_path / name)
     run = subprocess.run(
-        [sys.executable, "-c", (first + then).replace("from helpers", f"from {name}")],
+        [sys.executable, "-c", "".join([first, *then]).replace("from helpers", f"from {name}")],
         cwd=tmp_path,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
@@ -52,4 +52,5 @@ def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "5 of 5 right-hand sides solved" in run.stdout
+    assert "20 removals, 5 test points: r" in run.stdout
     assert re.search(r"most helpful for test 0: \[[ \d]+\]", run.stdout)

@@ -99,8 +99,11 @@ def project(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.delenv("THESIS_RUNS", raising=False)
     (tmp_path / "README.md").write_text(
-        "<!-- notebooks --><!-- end notebooks -->", encoding="utf-8"
+        "".join(f"<!-- {name} --><!-- end {name} -->" for name in ("published", "notebooks")),
+        encoding="utf-8",
     )
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "published.yaml").write_text("[]", encoding="utf-8")
     return tmp_path
 
 

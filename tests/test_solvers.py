@@ -2,14 +2,16 @@
 
 from functools import partial
 
+import keras
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from helpers import CG, Cholesky, Eigh, Hessian, solve
+from helpers import CG, Cholesky, Eigh, GaussNewton, Hessian, Objective, solve
 from helpers.hessian import Matrix
 from helpers.linalg import Factor
+from helpers.solvers import gauss_newton_preconditioner
 
 
 def spd(p, condition, seed=0):
@@ -180,3 +182,24 @@ def test_a_factor_multiplies_and_divides():
     np.testing.assert_allclose(factor.product(factor.transposed_product(b)), a @ b, atol=1e-12)
     np.testing.assert_allclose(factor.product(factor.whiten(b)), b, atol=1e-12)
     np.testing.assert_allclose(factor.transposed_product(factor.unwhiten(b)), b, atol=1e-12)
+
+
+class Wave(keras.losses.Loss):
+    """Not convex in the outputs: the Gauss-Newton matrix has negative eigenvalues."""
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.cos(3 * (y_pred - y_true)), -1)
+
+
+def test_a_loss_that_is_not_convex_has_the_gauss_newton_preconditioner_too():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)), rng.integers(0, 2, (40, 1)).astype(float)
+    body = [keras.layers.Dense(3, "tanh"), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((3,)), *body])
+    objective = Objective(model, Wave(), x, y, weight_decay=0.01, decayed="all")
+    assert np.linalg.eigvalsh(GaussNewton(objective).dense())[0] < -0.1
+    b, lowest = rng.normal(size=objective.p), np.linalg.eigvalsh(Hessian(objective).dense())[0]
+    found = solve(objective, b, CG(0.05 - lowest, precondition="gauss_newton"))
+    assert found.converged.all()
+    # a damping that leaves the Gauss-Newton matrix indefinite
+    assert np.isfinite(gauss_newton_preconditioner(objective, 0.0)(b[:, None])).all()

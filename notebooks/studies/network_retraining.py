@@ -16,7 +16,7 @@ import scipy.optimize
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from helpers import GaussNewton, checks
+from helpers import GaussNewton, Hessian, checks
 from helpers.gradients import output_slopes, per_example_gradients
 from helpers.hessian import curvature_factors
 from helpers.linalg import Factor, damped
@@ -77,7 +77,7 @@ class NetworkRemovals:
 
     def __init__(self, objective, hessian, *, damping=0.0):
         self.objective, self.theta = objective, objective.theta
-        k = damped(hessian, checks.number("damping", damping))
+        self.hessian, k = hessian, damped(hessian, checks.number("damping", damping))
         k[np.diag_indices_from(k)] -= objective.decay / objective.n
         self.factor = Factor(k)
         self.gradient = objective.gradient()
@@ -107,37 +107,36 @@ class NetworkRemovals:
         middle = np.diag(np.where(signs < 0, -1.0, 1.0)) - u.T @ both[:, 1:] / n
         return both[:, 0] + both[:, 1:] @ np.linalg.solve(middle, u.T @ both[:, 0] / n)
 
-    def corrected(self, rows, steps=3):
-        """Return theta_-i after the Newton step and 1, ..., `steps` more, (steps + 1, p, k).
+    def newton(self, rows):
+        """Return theta_-i (p, k) after one step of Newton's method with the exact left-out Hessian.
 
-        Each goes along the Newton direction of the left-out objective, from one gradient and the
-        same factor, and is halved until that objective falls; from a Newton step that made it rise
-        they start at theta. Second value: gradient evaluations spent so far, (steps + 1, k).
+        In a trust region of radius 1, cut until the left-out objective falls by at least 15 % of
+        what its quadratic says (Nocedal & Wright 2006, algorithm 4.1): the Hessian without a point
+        need not be positive, and the whole step may lead anywhere. H must be the exact one.
         """
-        rows = checks.rows(rows, self.objective.n)
-        thetas = np.empty((steps + 1, len(self.theta), len(rows)))
-        thetas[0] = self.theta[:, None] + self.newton_steps(rows)
-        spent = np.zeros((steps + 1, len(rows)), int)
-        shrink = (self.objective.n - 1) / self.objective.n
-        for j, row in enumerate(tqdm(rows, "corrections", unit="removal", leave=False)):
+        n, thetas, decay = self.objective.n, [], np.diag(self.objective.decay)
+        for row in tqdm(checks.rows(rows, n), "Newton steps", unit="removal", leave=False):
+            own = self._own_hessian(row)
+            left_out = (n * (self.hessian - decay) - own) / (n - 1) + decay
+
+            def stop(intermediate_result):
+                if (intermediate_result.x != self.theta).any():
+                    raise StopIteration
+
+            how = {"method": "trust-exact", "jac": True, "hess": lambda _, h=left_out: h}
             target = _target(self.objective, without=row)
-            at, there = target(self.theta), target(thetas[0, :, j])
-            moved = there[0] < at[0]  # also False where the loss is NaN
-            theta, at = (thetas[0, :, j], there) if moved else (self.theta, at)
-            spent[:, j] = 2
-            for step in range(1, steps + 1):
-                self.objective.theta = self.theta  # the factor and the curvature belong to it
-                move = self._solve_left_out(shrink * at[1], row)
-                resolved = abs(move @ at[1]) > 1e-14  # below, the loss no longer shows a step
-                for length in 0.5 ** np.arange(8):
-                    there = target(theta - length * move)
-                    spent[step:, j] += 1
-                    if there[0] < at[0] or not resolved:
-                        theta, at = theta - length * move, there
-                        break
-                thetas[step, :, j] = theta
+            found = scipy.optimize.minimize(target, self.theta, callback=stop, **how)
+            thetas.append(found.x)
         self.objective.theta = self.theta
-        return thetas, spent
+        return np.stack(thetas, axis=1)
+
+    def _own_hessian(self, row):
+        """Return the Hessian of one training point's weighted loss alone, (p, p), at theta."""
+        self.objective.theta = self.theta
+        identity, row = np.eye(len(self.theta)), tf.constant([row])
+        parts = np.array_split(identity, -(-len(identity) // 256), axis=1)
+        columns = [_products_of(self.objective, tf.constant(part), row) for part in parts]
+        return np.concatenate(columns, axis=1) - np.diag(self.objective.decay)
 
     def retrain(
         self, rows, *, fraction=1.0, tol=1e-8, rounds=10, steps=100, checkpoint=keep_nothing
@@ -158,16 +157,15 @@ class NetworkRemovals:
 
         Bae et al. 2022, equation 5, with eps = -1/n: outputs are held by the Bregman divergence of
         the loss, parameters by (damping/2) ||t - theta||^2 and the decay. Its first order is the
-        influence with the Gauss-Newton matrix and the same damping.
+        influence with the Gauss-Newton matrix and the same damping, the best matrix to start from.
         """
         x, y, _ = self.objective.data.gather(np.arange(self.objective.n))
         batches = self.objective.data.of(x, y)
         slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
         near = _Anchor(self.theta, damping, slopes)
         target = partial(_target, self.objective, anchor=near)
-        factor = Factor(damped(GaussNewton(self.objective).dense(), damping))
         numbers = "proximal", damping
-        return self._refits(rows, target, factor, tol, rounds, steps, checkpoint, *numbers)
+        return self._refits(rows, target, self.factor, tol, rounds, steps, checkpoint, *numbers)
 
     def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
@@ -232,6 +230,11 @@ def _target(objective, without=None, fraction=1.0, anchor=None):
         return sums[0] / n + quadratic, sums[1:] / n + held * away - decay * theta / n
 
     return target
+
+
+@compiled
+def _products_of(objective, vectors, rows):
+    return Hessian(objective).product(rows)(vectors)
 
 
 @compiled

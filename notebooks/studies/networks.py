@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from helpers import Cholesky, GaussNewton, Hessian, Objective, predicted_loss_change, solve
+from helpers import Cholesky, Hessian, Objective, predicted_loss_change, solve
 from helpers.gradients import per_example_gradients
 from studies.network_retraining import NetworkRemovals, polish
 from support import datasets, evaluation, models, stored
@@ -28,11 +28,10 @@ def mnist(source, side, *, seed=0):
 
 
 class Network(NamedTuple):
-    """The objective of a network at a minimum, its Hessian (p, p), and where Adam stopped (p,)."""
+    """The objective of a network at a minimum, and its Hessian (p, p)."""
 
     objective: Objective
     hessian: np.ndarray
-    unfinished: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Recipe:
         objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective).theta)
         of_hessian = ["Hessian", objective.theta, *data]
         hessian = self.keep(of_hessian, lambda: Hessian(objective).dense())
-        return Network(objective, hessian, unfinished)
+        return Network(objective, hessian)
 
     def judges(self, objective):
         """Return test digits to judge a network by: {rule: indices}, images (m, ...), labels (m,).
@@ -141,24 +140,6 @@ def predicted(objective, matrix, x_test, y_test, *, damping=0.0):
     gradients = per_example_gradients(objective, x_test, y_test).T
     solution = solve(matrix, gradients, Cholesky(damping))
     return predicted_loss_change(objective, solution)
-
-
-def where_adam_stopped(network, removed, x_test, y_test, *, steps=20):
-    """Return predicted changes (m, k), those of a short retraining, and its drift (m, 1).
-
-    At the unfinished parameters, with Gauss-Newton, since the Hessian need not be positive there.
-    Drift is what the same steps do when no digit is left out.
-    """
-    objective, minimum = network.objective, network.objective.theta
-    objective.theta = network.unfinished
-    try:
-        g = GaussNewton(objective).dense()
-        without, short = NetworkRemovals(objective, g), {"rounds": 1, "steps": steps}
-        moved = without.retrain(removed, **short), without.retrain([0], fraction=0.0, **short)
-        changes = [without.loss_change(refits.thetas, x_test, y_test) for refits in moved]
-        return predicted(objective, g, x_test, y_test)[:, removed], *changes
-    finally:
-        objective.theta = minimum
 
 
 class Agreement(NamedTuple):

@@ -34,7 +34,8 @@ BOUNDS = {
     "below": ("below {}", operator.lt),
     "within": ("from {} to {}", lambda value, ends: ends[0] <= value <= ends[1]),
     "equal": ("exactly {}", operator.eq),
-    "interval_above": ("95 % interval above {}", operator.gt),
+    "interval_above": ("95 % interval above {}", lambda ends, limit: ends[0] > limit),
+    "interval_holds": ("95 % interval holds {}", lambda ends, limit: ends[0] <= limit <= ends[1]),
 }
 SOURCES = ("paper", "thesis", "here")
 DEFAULT = "vehicles"  # the data set whose ids are bare, in notebooks that run on several
@@ -48,7 +49,7 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
     value : the number that decides; None where it was not computed; or what has a `mean` and an
     `interval`, as `evaluation.mean_of` returns. interval : (low, high) at 95 %.
     bound : one of at_least=, at_most=, above=, below=, within=(low, high), equal=, and
-    interval_above=, which asks it of the lower end of the interval.
+    of the interval, interval_above= (its lower end) and interval_holds= (a published number).
     of : whose claim it is, "paper", "thesis", or "here" (ours); published : their number.
     applies : False where this profile can not put it to the test.
     """
@@ -61,8 +62,8 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
         value, interval = value.mean, value.interval
     if interval is not None and not np.isfinite(np.asarray(interval, float)).all():
         interval = None
-    if kind == "interval_above" and value is not None and interval is None:
-        raise ValueError(f"claim {id}: interval_above asks it of an interval, and there is none")
+    if kind.startswith("interval") and value is not None and interval is None:
+        raise ValueError(f"claim {id}: {kind} asks it of an interval, and there is none")
     stated = {"id": id, "claim": text, "of": of, "published": published, kind: limit}
     known = {"value": value if applies else None, "interval": interval if applies else None}
     known = plain({name: v for name, v in (stated | known).items() if v is not None})
@@ -87,7 +88,7 @@ def outcome(claim):
     if value is None:
         return "not run"
     met = BOUNDS[kind][1]
-    decides = interval[0] if kind == "interval_above" else value
+    decides = interval if kind.startswith("interval") else value
     yes, no = OWN if claim["of"] == "here" else PUBLISHED
     if met(decides, limit):
         return yes
@@ -273,5 +274,6 @@ def written(where, chosen=None):
         if names is None or r["notebook"] in names
         for c in r["verdicts"]
     ]
-    columns = ["notebook", "id", "claim", "of", "criterion", "value", "shown", "verdict"]
+    columns = ["notebook", "id", "claim", "of", "published"]
+    columns += ["criterion", "value", "shown", "verdict"]
     return pd.DataFrame(rows).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)

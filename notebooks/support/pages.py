@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from support import stored
-from support.claims import OWN, PUBLISHED, committed, written
+from support.claims import OWN, PUBLISHED, committed, show_number, written
 from support.stored import ROOT, folder
 
 OPEN = ("not run", "not applicable")
@@ -50,6 +51,25 @@ def summary_page():
     for row in notebooks().itertuples():
         told = [text for t in tables for text in fared(t[t["notebook"] == row.notebook])]
         cells = [_link(row.notebook, row.notebook[:2]), row.question, _in_short(row.answer), *told]
+        lines.append(_markdown_row(cells))
+    return "\n".join(lines)
+
+
+def published_page():
+    """Return the README's table of published figures: their numbers, and ours on real data.
+
+    figures/published.yaml says of each what it shows, which claims decide, and why ours differs.
+    """
+    claims = written(committed("real")).set_index("id")
+    lines = [_markdown_row(["figure", "shows", "published", "ours, real data", "verdict", "why"])]
+    lines.append("|" + " --- |" * 6)
+    for row in yaml.safe_load((ROOT / "figures" / "published.yaml").read_text(encoding="utf-8")):
+        own = claims.loc[row["claims"]]
+        cells = [_link(own["notebook"].iloc[0], row["figure"]), row["shows"]]
+        cells += ["; ".join(map(show_number, own["published"])), "; ".join(own["shown"])]
+        outcomes = own["verdict"].value_counts()
+        told = [f"{name} ({k} of {len(own)})" for name, k in outcomes.items()]
+        cells += [outcomes.index[0] if len(outcomes) == 1 else ", ".join(told), row["why"]]
         lines.append(_markdown_row(cells))
     return "\n".join(lines)
 
@@ -96,11 +116,14 @@ def _in_short(answer, least=50):
 
 
 def update_readme(path=None):
-    """Rewrite the README's table between its markers, and figures/<profile>/VERDICTS.md."""
+    """Rewrite the README's two tables between their markers, and figures/<profile>/VERDICTS.md."""
     path = Path(path or ROOT / "README.md")
-    start, end = "<!-- notebooks -->", "<!-- end notebooks -->"
-    head, rest = path.read_text(encoding="utf-8").split(start)
-    stored.write(path, f"{head}{start}\n{summary_page()}\n{end}{rest.split(end)[1]}")
+    text = path.read_text(encoding="utf-8")
+    for name, table in {"published": published_page, "notebooks": summary_page}.items():
+        start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{table()}\n{end}{rest.split(end)[1]}"
+    stored.write(path, text)
     for profile in ("demo", "real"):
         page = folder("figures", profile) / "VERDICTS.md"
         stored.write(page, verdict_page(profile))

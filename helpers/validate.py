@@ -1,0 +1,120 @@
+"""Can I trust this on my model? Predicted loss changes against what a removal really does.
+
+A convex head is refitted exactly. Any other model is *held near*: theta is moved to the minimum of
+
+    L(t) - (1/n) (w_i loss_i(t) + (1/2) t . (decay * t)) - grad L(theta) . (t - theta)
+         + (damping/2) ||t - theta||^2,
+
+of which theta is the minimum when nothing is removed, wherever its training stopped. To first order
+in 1/n this is the influence with H + damping I (Koh & Liang 2017, section 4.2; the proximal
+response of Bae et al. 2022, with the loss itself in the place of its Bregman divergence).
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+from scipy import stats
+from tqdm.auto import tqdm
+
+from . import checks
+from .influence import predicted_loss_change, s_test
+from .objective import loss_and_gradient, summed_loss_and_gradient
+from .removals import Removals
+
+
+class Validation(NamedTuple):
+    """Predicted and actual changes of m test losses by k removals, in nats, and what they say.
+
+    rows : (k,) training points, half of them the largest |prediction|, half drawn at random;
+    predicted, actual : (m, k); r : Pearson's, over all of them; slope : least squares of actual on
+    predicted, without an intercept; seconds : a removal took; advice : one sentence.
+    """
+
+    rows: np.ndarray
+    predicted: np.ndarray
+    actual: np.ndarray
+    r: float
+    slope: float
+    seconds: float
+    advice: str
+
+    def __str__(self):
+        return (
+            f"{len(self.rows)} removals, {len(self.actual)} test points: r {self.r:.2f}, slope "
+            f"{self.slope:.2f} (actual over predicted), {self.seconds:.2g} s a removal. "
+            f"{self.advice}"
+        )
+
+
+def validate(objective, x_test, y_test, removals=20, *, damping="auto", solver=None, seed=0):
+    """Return the Validation of `predicted_loss_change` on some test points, by real removals.
+
+    solver, damping : as `s_test` takes them; a model that is held near is held by that damping.
+    seed : of the removals at random. Interrupted (Ctrl-C), it returns what was finished.
+    """
+    solution = s_test(objective, x_test, y_test, solver, damping=damping)
+    predicted = predicted_loss_change(objective, solution)
+    removals = min(removals, objective.n - 1)
+    order = np.argsort(-np.abs(predicted).max(0), kind="stable")
+    top, rest = np.split(order, [-(-removals // 2)])
+    random = np.random.default_rng(seed).choice(rest, removals - len(top), replace=False)
+    rows, started = np.concatenate([top, random]), time.perf_counter()
+    if objective.head:
+        without = Removals(objective)
+        actual = without.loss_change(without.exact(rows), x_test, y_test)
+    else:
+        actual = _held_near(objective, rows, x_test, y_test, solution.damping)
+    done = actual.shape[1]
+    if done < 2:
+        raise ValueError(f"{done} removals are finished; two at least say something.")
+    rows, predicted = rows[:done], predicted[:, rows[:done]]
+    r = stats.pearsonr(predicted.ravel(), actual.ravel()).statistic
+    slope = np.vdot(predicted, actual) / np.vdot(predicted, predicted)
+    seconds = (time.perf_counter() - started) / done
+    advice = _advice(r, slope, bool(objective.head), bool(solution.converged.all()))
+    return Validation(rows, predicted, actual, float(r), float(slope), seconds, advice)
+
+
+def _advice(r, slope, convex, solved):
+    """Return one sentence on what to do."""
+    if not solved:
+        return "The system was not solved: raise the damping."
+    if r >= 0.9 and 0.8 <= slope <= 1.25:
+        return "Order and size can be trusted for single removals."
+    if convex:
+        return "Take one Newton step: Removals(objective).newton_loss_change(x_test, y_test)."
+    if r >= 0.9:
+        return "Trust the order, not the size: multiply by the slope, or raise the damping."
+    return "Raise the damping, or take the last layer alone (parameters='last_layer')."
+
+
+def _held_near(objective, rows, x_test, y_test, damping, steps=200):
+    """Return the actual changes (m, k) of test losses; of the removals finished, where cut off."""
+    objective = objective.in_float64() or objective
+    theta, slope, n = objective.theta, objective.gradient(), objective.n
+    before, changes = objective.losses(x_test, y_test), []
+
+    def target(t, x, y, weight):
+        objective.theta, away = t, t - theta
+        whole = summed_loss_and_gradient(objective).numpy().astype(np.float64) / n
+        own = loss_and_gradient(objective, x, y, weight).numpy().astype(np.float64) / n
+        value, gradient = whole[0] - own[0], whole[1:] - own[1:]
+        kept = (1 - 1 / n) * objective.decay * t
+        value += kept @ t / 2 - slope @ away + damping / 2 * away @ away
+        return value, gradient + kept - slope + damping * away
+
+    how = {"method": "L-BFGS-B", "jac": True}
+    options = {"maxiter": steps, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
+    try:
+        for row in tqdm(checks.rows(rows, n), "removals", unit="removal", leave=False):
+            point = objective.data.gather([row])
+            found = scipy.optimize.minimize(target, theta, point, options=options, **how)
+            objective.theta = found.x
+            changes.append(objective.losses(x_test, y_test) - before)
+    except KeyboardInterrupt:
+        tqdm.write(f"interrupted after {len(changes)} of {len(rows)} removals")
+    finally:
+        objective.theta = theta
+    return np.array(changes).T.reshape(len(before), -1)
