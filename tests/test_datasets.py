@@ -486,6 +486,7 @@ def test_a_data_root_that_is_not_there_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("THESIS_DERIVED", raising=False)
     monkeypatch.setattr(stored, "ROOT", tmp_path)
     (tmp_path / "runs").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(PermissionError, match="Cannot write to"):

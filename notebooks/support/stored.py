@@ -60,11 +60,13 @@ def keras_home():
 def folder(*parts):
     """Return ROOT/parts as a folder that exists and can be written to.
 
-    `THESIS_RUNS` stands for ROOT/runs, so that two runs do not overwrite each other's.
+    `THESIS_RUNS` stands for ROOT/runs, so that two runs do not overwrite each other's;
+    `THESIS_DERIVED` for ROOT/data/derived, so that tests find nothing that was stored before.
     """
     path = ROOT.joinpath(*parts)
-    if parts[0] == "runs":
-        path = (ROOT / (os.environ.get("THESIS_RUNS") or "runs")).joinpath(*parts[1:])
+    for variable, usual in (("THESIS_RUNS", "runs"), ("THESIS_DERIVED", "data/derived")):
+        if path.is_relative_to(ROOT / usual) and os.environ.get(variable):
+            path = ROOT / os.environ[variable] / path.relative_to(ROOT / usual)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
