@@ -30,8 +30,9 @@ from sklearn.preprocessing import OneHotEncoder
 from tqdm.auto import tqdm
 
 from support import drawings, stored
-from support.stored import data_root, folder, keras_home
+from support.stored import DataMissing, data_root, folder, keras_home
 
+BRING = "`make data ONLY={}` brings it."
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SYNSETS = {
@@ -42,10 +43,6 @@ SYNSETS = {
     "sports_car": ("n04285008", "car"),
     "wagon": ("n02814533", "car"),
 }
-
-
-class DataMissing(FileNotFoundError):
-    """A data set is not there: the message says which file, where to get it, and what to run."""
 
 
 class BadPicture(ValueError):
@@ -67,17 +64,23 @@ class Arrays(NamedTuple):
 def vehicles(source, *, seed=0, n_train=1000, n_test=300):
     """Return the manifest of airplanes against cars, n_train + n_test pictures of each class.
 
-    source : "rendered" (drawn here), "photos" (data root/airplane_car: a folder a class, and an
-        optional manifest.csv with the columns file, label, subtype) or "ilsvrc" (the six synset
-        tars as downloaded, in data root/ilsvrc2012).
+    source : "rendered" (drawn here), "photos" (`photographs()`: a folder a class, whose name is the
+        class's, and an optional manifest.csv with the columns file, label, subtype) or "ilsvrc"
+        (the six synset tars as downloaded, in data root/ilsvrc2012).
     """
     if source == "rendered":
         return rendered(seed=seed, n_train=n_train, n_test=n_test)
     if source == "photos":
-        return photos(data_root() / "airplane_car", seed=seed, n_train=n_train, n_test=n_test)
+        return photos(photographs(), seed=seed, n_train=n_train, n_test=n_test)
     if source == "ilsvrc":
         return ilsvrc(data_root() / "ilsvrc2012", seed=seed, n_train=n_train, n_test=n_test)
     raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
+
+
+def photographs():
+    """Return the folder of the two classes: data root/airplane_car, or else data root/pictures."""
+    usual, other = data_root() / "airplane_car", data_root() / "pictures"
+    return other if other.is_dir() and not usual.is_dir() else usual
 
 
 def dog_fish(*, seed=0, n_train=900, n_test=300):
@@ -134,15 +137,17 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
     """
     root = Path(root)
     if not root.is_dir():
+        name = "dog_fish" if root.name == "dog_fish" else "vehicles"
         raise DataMissing(
-            f"{root} does not exist. Put one folder of pictures a class there (airplane/ and car/, "
-            "dog/ and fish/), or set THESIS_DATA to the folder that holds it; then run again."
+            f"{root} does not exist. {BRING.format(name)} Or put one folder of pictures a class "
+            "there, or set THESIS_DATA to the folder that holds it."
         )
     table = _listed(root) if (root / "manifest.csv").exists() else _found(root)
     if table["label"].nunique() != 2:
         raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
     table["path"] = [str(root / f) for f in table["file"]]
-    table["id"] = [Path(f).stem for f in table["file"]]
+    if "id" not in table:
+        table["id"] = [Path(f).stem for f in table["file"]]
     _refuse_twice(table)
     return _split(table, seed, n_train, n_test)
 
@@ -166,11 +171,20 @@ def _listed(root):
 
 
 def _found(root):
-    """Return the table of the pictures in a folder a class; hidden files and folders are none."""
+    """Return the table of the pictures in a folder a class, and in the folders within.
+
+    Hidden files and folders are left out; so is what is no picture by its name, which is said.
+    """
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [p for home in folders for p in sorted(home.iterdir()) if is_picture(p)]
-    table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
-    table["label"] = table["subtype"] = [p.parent.name for p in files]
+    every = [p.relative_to(root) for p in sorted(root.glob("*/**/*")) if p.is_file()]
+    every = [p for p in every if not any(part.startswith(".") for part in p.parts)]
+    files = [p for p in every if is_picture(p)]
+    others = sorted({p.suffix.lower() or p.name for p in every if not is_picture(p)})
+    if others:
+        print(f"{root}: {len(every) - len(files)} files are no pictures ({', '.join(others)}).")
+    table = pd.DataFrame({"file": [str(p) for p in files]})
+    table["label"] = table["subtype"] = [p.parts[0] for p in files]
+    table["id"] = [str(p.relative_to(p.parts[0]).with_suffix("")) for p in files]
     empty = [p.name for p in folders if p.name not in set(table["label"])]
     if empty:
         raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
@@ -183,20 +197,20 @@ def is_picture(path):
 
 
 def _refuse_twice(table):
-    """Raise where a picture or an id occurs twice, or the same bytes under both classes."""
+    """Raise where a file or an id occurs twice, or one picture in both classes; name equal ones."""
     for column, what in (("path", "the same file"), ("id", "the same name")):
         twice = table[table.duplicated(["label", "id"] if column == "id" else [column], keep=False)]
         if len(twice):
             first, second = twice.sort_values(["label", "id", "path"])["path"][:2]
             raise ValueError(f"{first} and {second} have {what}: keep one, or rename it.")
     table = table.assign(bytes=[Path(p).stat().st_size for p in table["path"]])
-    classes = table.groupby("bytes")["label"].transform("nunique")
-    for _, same in table[classes > 1].groupby("bytes"):  # only these can be equal
-        sums = [checksum(Path(p)) for p in same["path"]]
-        for _, equal in same.groupby(sums):
-            if equal["label"].nunique() > 1:
-                first, second = equal.drop_duplicates("label")["path"][:2]
-                raise ValueError(f"{first} and {second} are one picture in two classes: keep one.")
+    table = table[table.duplicated("bytes", keep=False)]  # only these can be equal
+    table = table.assign(sum=[checksum(Path(p)) for p in table["path"]])
+    for _, equal in table[table.duplicated("sum", keep=False)].groupby("sum"):
+        first, second = equal.sort_values("label")["path"].iloc[[0, -1]]
+        if equal["label"].nunique() > 1:
+            raise ValueError(f"{first} and {second} are one picture in two classes: keep one.")
+        print(f"{first} and {second} are the same picture: keep one.")
 
 
 def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
@@ -366,7 +380,6 @@ MNIST_BYTES = dict(zip(MNIST_MD5, (47_040_016, 60_008, 7_840_016, 10_008), stric
 
 
 MNIST_NPZ_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
-BRING = "`make data ONLY={}` brings it."
 
 
 def mnist(source, *, seed=0):

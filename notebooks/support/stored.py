@@ -33,6 +33,10 @@ SOURCES = {
 }
 
 
+class DataMissing(FileNotFoundError):
+    """Data are not there: the message says which file, where to get it, and what to run."""
+
+
 def named_folder(variable):
     """Return the folder that an environment variable names; None where it is unset or empty.
 
@@ -113,10 +117,10 @@ def put(path, content, **made):
 def get(path, made_by):
     """Return a result as `put` got it, and its record; `made_by` names what makes it.
 
-    FileNotFoundError where it is not there, ValueError where it is not what was written.
+    DataMissing where it is not there, ValueError where it is not what was written.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist yet: run {made_by} first.")
+        raise DataMissing(f"{path} does not exist yet: run {made_by} first.")
     try:
         data = path.read_bytes()
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
