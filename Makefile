@@ -32,7 +32,7 @@ data: .venv/ready  ## fetch the public data sets (says which, from where); ONLY=
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
 	$(RUN) --profile demo $(NOTEBOOKS)
 
-real: .venv/ready  ## the same on your photographs, MNIST, ... (THESIS_DATA, KERAS_HOME)
+real: .venv/ready  ## the same on real data: what `make data` fetched, or your own (THESIS_DATA, KERAS_HOME)
 	$(RUN) --profile real $(NOTEBOOKS)
 
 thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
