@@ -11,8 +11,8 @@ TEST := THESIS_DERIVED=runs/test/derived $(BIN)/python -m pytest --nbval
 RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
-  crosscheck peers gpu clean-cache
+.PHONY: help data reproduce real thesis test lab refresh readme site lock lint backbone benchmark \
+  scaling crosscheck peers gpu clean-cache
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -26,10 +26,13 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation -e .
 	@touch $@
 
+data: .venv/ready  ## fetch the public data sets (says which, from where); ONLY="mnist vehicles"
+	PYTHONPATH=.:notebooks $(BIN)/python -m support.fetch $(ONLY)
+
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
 	$(RUN) --profile demo $(NOTEBOOKS)
 
-real: .venv/ready  ## the same on your photographs, MNIST, ... (THESIS_DATA, KERAS_HOME)
+real: .venv/ready  ## the same on real data: what `make data` fetched, or your own (THESIS_DATA, KERAS_HOME)
 	$(RUN) --profile real $(NOTEBOOKS)
 
 thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3

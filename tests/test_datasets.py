@@ -466,7 +466,7 @@ def test_drawings_are_files_with_the_pixels_that_were_drawn(tmp_path, monkeypatc
     assert len(list(home.glob("*.png"))) == len(manifest) == 300
     monkeypatch.setattr(datasets, "_draw", lambda *_, **__: pytest.fail("they are there"))
     assert datasets.rendered(seed=3, **sizes, size=32).equals(manifest)
-    sums = lambda rows, *_, **__: [datasets._checksum(row["file"]) for row in rows]  # noqa: E731
+    sums = lambda rows, *_, **__: [datasets.checksum(row["file"]) for row in rows]  # noqa: E731
     monkeypatch.setattr(datasets, "_draw", sums)
     others = [datasets.rendered(seed=3, **sizes, size=48), datasets.rendered(seed=4, **sizes)]
     assert len({home, *(Path(other["path"][0]).parent for other in others)}) == 3

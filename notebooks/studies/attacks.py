@@ -214,7 +214,7 @@ def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, *
     sizes, fish = {"seed": seed, "n_train": n_train, "n_test": n_test}, pictures == "dog_fish"
     table = datasets.dog_fish(**sizes) if fish else datasets.vehicles(pictures, **sizes)
     phi = features.extract(table, backbone, batch_size=16).astype(float)
-    data = vehicles.split(table, phi, positive="fish" if fish else "airplane")
+    data = vehicles.split(table, phi, positive="fish" if fish else None)
     images, train = datasets.pictures(table, backbone.size), (table["split"] == "train").to_numpy()
     head = vehicles.fitted_head(data, weight_decay)
     attacker = Attacks(data, head, backbone, images[train], **options)

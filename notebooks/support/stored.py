@@ -33,6 +33,10 @@ SOURCES = {
 }
 
 
+class DataMissing(FileNotFoundError):
+    """Data are not there: the message says which file, where to get it, and what to run."""
+
+
 def named_folder(variable):
     """Return the folder that an environment variable names; None where it is unset or empty.
 
@@ -50,6 +54,11 @@ def named_folder(variable):
 def data_root():
     """Return the folder that holds the data sets: `THESIS_DATA` if set, else data/raw."""
     return named_folder("THESIS_DATA") or ROOT / "data" / "raw"
+
+
+def keras_home():
+    """Return Keras's own folder of weights and data sets: `KERAS_HOME` if set, else ~/.keras."""
+    return named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
 
 
 def folder(*parts):
@@ -108,10 +117,10 @@ def put(path, content, **made):
 def get(path, made_by):
     """Return a result as `put` got it, and its record; `made_by` names what makes it.
 
-    FileNotFoundError where it is not there, ValueError where it is not what was written.
+    DataMissing where it is not there, ValueError where it is not what was written.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist yet: run {made_by} first.")
+        raise DataMissing(f"{path} does not exist yet: run {made_by} first.")
     try:
         data = path.read_bytes()
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
