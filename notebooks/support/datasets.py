@@ -142,7 +142,6 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
     if table["label"].nunique() != 2:
         raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
     table["path"] = [str(root / f) for f in table["file"]]
-    table["id"] = [Path(f).stem for f in table["file"]]
     _refuse_twice(table)
     return _split(table, seed, n_train, n_test)
 
@@ -162,15 +161,25 @@ def _listed(root):
             f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
             f"the first is {absent[0]}."
         )
+    table["id"] = [Path(f).stem for f in table["file"]]
     return table
 
 
 def _found(root):
-    """Return the table of the pictures in a folder a class; hidden files and folders are none."""
+    """Return the table of the pictures in a folder a class, and in the folders within these.
+
+    Hidden files and folders are left out; so is what is no picture by its name, which is said.
+    """
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [p for home in folders for p in sorted(home.iterdir()) if is_picture(p)]
-    table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
-    table["label"] = table["subtype"] = [p.parent.name for p in files]
+    every = [p.relative_to(root) for p in sorted(root.glob("*/**/*")) if p.is_file()]
+    every = [p for p in every if not any(part.startswith(".") for part in p.parts)]
+    files = [p for p in every if is_picture(p)]
+    others = sorted({p.suffix.lower() or p.name for p in every if not is_picture(p)})
+    if others:
+        print(f"{root}: {len(every) - len(files)} files are no pictures ({', '.join(others)}).")
+    table = pd.DataFrame({"file": [p.as_posix() for p in files]})
+    table["label"] = table["subtype"] = [p.parts[0] for p in files]
+    table["id"] = [Path(*p.parts[1:]).with_suffix("").as_posix() for p in files]
     empty = [p.name for p in folders if p.name not in set(table["label"])]
     if empty:
         raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
