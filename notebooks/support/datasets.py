@@ -146,8 +146,6 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
     if table["label"].nunique() != 2:
         raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
     table["path"] = [str(root / f) for f in table["file"]]
-    if "id" not in table:
-        table["id"] = [Path(f).stem for f in table["file"]]
     _refuse_twice(table)
     return _split(table, seed, n_train, n_test)
 
@@ -167,11 +165,12 @@ def _listed(root):
             f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
             f"the first is {absent[0]}."
         )
+    table["id"] = [Path(f).stem for f in table["file"]]
     return table
 
 
 def _found(root):
-    """Return the table of the pictures in a folder a class, and in the folders within.
+    """Return the table of the pictures in a folder a class, and in the folders within these.
 
     Hidden files and folders are left out; so is what is no picture by its name, which is said.
     """
@@ -182,9 +181,9 @@ def _found(root):
     others = sorted({p.suffix.lower() or p.name for p in every if not is_picture(p)})
     if others:
         print(f"{root}: {len(every) - len(files)} files are no pictures ({', '.join(others)}).")
-    table = pd.DataFrame({"file": [str(p) for p in files]})
+    table = pd.DataFrame({"file": [p.as_posix() for p in files]})
     table["label"] = table["subtype"] = [p.parts[0] for p in files]
-    table["id"] = [str(p.relative_to(p.parts[0]).with_suffix("")) for p in files]
+    table["id"] = [Path(*p.parts[1:]).with_suffix("").as_posix() for p in files]
     empty = [p.name for p in folders if p.name not in set(table["label"])]
     if empty:
         raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
