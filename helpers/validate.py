@@ -19,6 +19,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from . import checks
+from .hessian import as_operator
 from .influence import predicted_loss_change, s_test
 from .objective import loss_and_gradient, summed_loss_and_gradient
 from .removals import Removals
@@ -48,13 +49,15 @@ class Validation(NamedTuple):
         )
 
 
-def validate(objective, x_test, y_test, removals=20, *, damping="auto", solver=None, seed=0):
+def validate(H, x_test, y_test, removals=20, *, damping="auto", solver=None, seed=0):
     """Return the Validation of `predicted_loss_change` on some test points, by real removals.
 
-    solver, damping : as `s_test` takes them; a model that is held near is held by that damping.
-    seed : of the removals at random. Interrupted (Ctrl-C), it returns what was finished.
+    H, solver, damping : as `s_test` takes them, an Objective or the Hessian or Gauss-Newton matrix
+    of one; a model that is held near is held by that damping. seed : of the removals at random.
+    Interrupted (Ctrl-C), it returns what was finished.
     """
-    solution = s_test(objective, x_test, y_test, solver, damping=damping)
+    H = as_operator(H)
+    objective, solution = H.objective, s_test(H, x_test, y_test, solver, damping=damping)
     predicted = predicted_loss_change(objective, solution)
     removals = min(removals, objective.n - 1)
     order = np.argsort(-np.abs(predicted).max(0), kind="stable")

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from helpers import CG, Objective, Removals, predicted_loss_change, s_test, validate
+from helpers import CG, GaussNewton, Objective, Removals, predicted_loss_change, s_test, validate
 
 
 def test_a_head_is_refitted_exactly(softmax):
@@ -45,3 +45,7 @@ def test_a_network_is_held_near_wherever_it_stands():
         assert "can be trusted" in str(found)
     assert errors[1] < errors[0] / 4
     assert errors[1] < 0.02
+    G = GaussNewton(objective)
+    found, s = validate(G, x[:2], y[:2], 2, damping=0.5), s_test(G, x[:2], y[:2], damping=0.5)
+    predicted = predicted_loss_change(objective, s)[:, found.rows]
+    np.testing.assert_allclose(found.predicted, predicted)
