@@ -7,12 +7,12 @@ SHELL := /bin/bash
 # A relative THESIS_DATA or KERAS_HOME counts from here; JOBS is how many notebooks run at once.
 export THESIS_DATA KERAS_HOME
 PROFILE ?= demo
-TEST := $(BIN)/python -m pytest --nbval
+TEST := THESIS_DERIVED=runs/test/derived $(BIN)/python -m pytest --nbval
 RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce real thesis test lab refresh readme site lock lint backbone benchmark scaling \
-  crosscheck peers clean-cache
+.PHONY: help data reproduce real thesis test lab refresh readme site lock lint backbone benchmark \
+  scaling crosscheck peers gpu clean-cache
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -26,10 +26,13 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation -e .
 	@touch $@
 
+data: .venv/ready  ## fetch the public data sets (says which, from where); ONLY="mnist vehicles"
+	PYTHONPATH=.:notebooks $(BIN)/python -m support.fetch $(ONLY)
+
 reproduce: .venv/ready  ## run every notebook (profile demo: offline, CPU) into runs/demo/
 	$(RUN) --profile demo $(NOTEBOOKS)
 
-real: .venv/ready  ## the same on your photographs, MNIST, ... (THESIS_DATA, KERAS_HOME)
+real: .venv/ready  ## the same on real data: what `make data` fetched, or your own (THESIS_DATA, KERAS_HOME)
 	$(RUN) --profile real $(NOTEBOOKS)
 
 thesis: .venv/ready  ## the thesis's own data: your ILSVRC2012 copy, InceptionV3
@@ -70,6 +73,9 @@ benchmark: .venv/ready  ## cost and error of our influence beside NumPy and the 
 
 scaling: .venv/ready  ## seconds and memory against n, to a million rows on disk (8 GB, a quarter of an hour)
 	$(BIN)/python tests/benchmark/scaling.py
+
+gpu: .venv/ready  ## the benchmark's tasks and Inception-v3's products on the GPU that TensorFlow sees
+	$(BIN)/python tests/benchmark/gpu.py
 
 crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside dattri's and kronfluence's
 	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python

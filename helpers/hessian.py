@@ -157,8 +157,12 @@ class GaussNewton(Hessian):
                 total[:, columns] = self @ identity.numpy()
             return (total + total.T) / 2
         for x, y, weight in objective.data.each(rows_at_once(objective, objective.loss.width)):
-            for rows, signs in _curvature_rows(objective, x, y):
-                total += (rows.T * (weight.numpy() * signs)) @ rows
+            factors, signs = output_factors(objective, x, y)
+            shares = signs * weight[:, None]
+            for c in np.flatnonzero(signs.numpy().any(0)):  # softmax has rank C - 1
+                rows = pulled(objective, x, factors[:, :, c])
+                # TensorFlow's GEMM, which other work on the machine slows down less than NumPy's
+                total += tf.matmul(rows, rows * shares[:, c, None], transpose_a=True).numpy()
         total = (total + total.T) / (2 * objective.n)  # a product in float32 rounds the two apart
         return total + np.diag(objective.decay)
 
@@ -278,17 +282,12 @@ def _regularised(objective, vectors, one_vector, rows):
 
 def curvature_factors(objective, x, y):
     """Return U_i (m, p, C) and signs S_i (m, C), U_i S_i U_i' = J_i' A_i J_i: shares of n G."""
-    batches = objective.data.of(x, y, batch_size=rows_at_once(objective, objective.loss.width))
-    parts = [list(zip(*_curvature_rows(objective, xb, yb), strict=True)) for xb, yb, _ in batches]
-    factors, signs = ([np.stack(part[k], -1) for part in parts] for k in (0, 1))
-    return np.concatenate(factors).astype(np.float64), np.concatenate(signs)
-
-
-def _curvature_rows(objective, x, y):
-    """Yield, for each column f of F_i, the rows J_i' f (b, p) and the signs (b,)."""
-    factors, signs = output_factors(objective, x, y)
-    for c in range(factors.shape[-1]):
-        yield pulled(objective, x, factors[:, :, c]), signs[:, c].numpy()
+    parts, size = [], rows_at_once(objective, objective.loss.width)
+    for xb, yb, _ in objective.data.of(x, y, batch_size=size):
+        factors, signs = output_factors(objective, xb, yb)
+        rows = [pulled(objective, xb, f) for f in tf.unstack(factors, axis=-1)]
+        parts.append((np.stack(rows, -1).astype(np.float64), signs.numpy()))
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 @compiled

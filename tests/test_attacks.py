@@ -264,8 +264,15 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     assert found[0]["passes"] == whole["passes"]
     with pytest.raises(ValueError, match="another attack"):
         all_of_them(1e-4)
+    committed = tmp_path / "committed"
+    committed.mkdir()
+    (tmp_path / "real" / "11_some_bed.json").replace(committed / "11_some_bed.json")
+    monkeypatch.setattr(attacks.claims, "committed", lambda profile: committed)
+    assert len(all_of_them(go_on=False)[1]) == 3  # what is committed of the same pictures counts
     monkeypatch.setattr(setting, "margin", 1.5 * setting.margin)
-    with pytest.raises(ValueError, match="another margin"):
+    assert all_of_them(go_on=False)[1] == []  # of others it does not
+    (committed / "11_some_bed.json").rename(tmp_path / "real" / "11_some_bed.json")
+    with pytest.raises(ValueError, match="another attack"):
         all_of_them()
 
 

@@ -130,7 +130,7 @@ def test_a_random_layer_is_refused():
         (losses.MeanSquaredLogarithmicError(), -1.0 - Y, "negative ones are cut"),
         (SOFTMAX, np.eye(3)[Y], "One-hot labels go with CategoricalCrossentropy"),
         (losses.MeanSquaredError(reduction="sum"), X[:, 0], "reduction='sum'"),
-        (losses.Circle(), Y, "couples the examples"),
+        (losses.Circle(), np.arange(len(Y)) % 3, "couples the examples"),  # the first ones differ
     ],
 )
 def test_labels_and_losses_with_another_meaning(loss, y, words):

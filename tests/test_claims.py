@@ -175,7 +175,7 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert answer in page
     page = (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
     assert "| claim c (`c`) | ours | at least 1 | below 1e-9 | does not hold |" in page
-    assert ".png" not in page
+    assert ".png" not in page  # a file that does not say of itself that it is a plot
     assert "It is" not in page  # the answer is the demo's
 
 
@@ -191,6 +191,34 @@ def test_figures_store_their_numbers(tmp_path):
     stored = json.loads((where / "00_line.json").read_text(encoding="utf-8"))
     assert stored == {"y": [0.333333, None], "n": 2}
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("draw", ["imshow", "figimage", "inset"])
+def test_a_figure_with_any_raster_is_no_plot(tmp_path, draw):
+    import matplotlib.pyplot as plt
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    figure, axis = plt.subplots(figsize=(9, 3))
+    points = axis.scatter([1, 2], [3, 4], c=[5, 6])
+    figure.colorbar(points)
+    figures.save(figure, "00_plot", "real")
+    picture = np.zeros((4, 4, 3))
+    if draw == "inset":
+        axis.add_artist(AnnotationBbox(OffsetImage(picture), (1, 3)))
+    else:
+        getattr(figure if draw == "figimage" else axis, draw)(picture)
+    figures.save(figure, "00_picture", "real")
+    where = tmp_path / "runs" / "real" / "figures"
+    assert pages.is_plot(where / "00_plot.png")
+    assert not pages.is_plot(where / "00_picture.png")
+    assert {path.name for path in where.glob("*.pdf")} == {"00_plot.pdf"}
+    box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+)", (where / "00_plot.pdf").read_bytes())
+    assert float(box[1]) == pytest.approx(6.9 * 72)
+
+
+@pytest.mark.parametrize("profile", ["real", "thesis"])
+def test_no_committed_figure_of_photographs_shows_a_picture(profile):
+    assert all(map(pages.is_plot, (NOTEBOOKS.parent / "figures" / profile).glob("*.png")))
 
 
 def test_agreement_curves_and_galleries_are_drawn():

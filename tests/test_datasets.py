@@ -208,6 +208,32 @@ def test_hidden_files_are_no_pictures(photos, name):
     assert len(datasets.photos(photos, n_train=6, n_test=4)) == 20
 
 
+def test_folders_within_a_class_are_read_and_equal_names_there_stay_apart(photos):
+    """Whatever the case of their suffixes; a hidden folder within is left out."""
+    for home, name in (("one", "same.JPG"), ("two", "same.Jpeg"), (".ipynb_checkpoints", "x.jpg")):
+        (photos / "car" / home).mkdir()
+        (photos / "car" / home / name).write_bytes(jpeg(len(home) * 1000))
+    for k in (10, 11):
+        (photos / "airplane" / f"airplane{k}.jpg").write_bytes(jpeg(500 + k))
+    manifest = datasets.photos(photos, n_train=8, n_test=4)
+    assert len(manifest) == 24
+    assert manifest["id"].is_unique
+    assert {"car/one/same", "car/two/same", "car/car1"} <= set(manifest["id"])
+
+
+def test_equal_names_of_one_folder_are_refused(photos):
+    (photos / "car" / "car1.png").write_bytes(encoded("png"))
+    with pytest.raises(ValueError, match="the same name: keep one, or rename it"):
+        datasets.photos(photos, n_train=6, n_test=4)
+
+
+def test_files_that_are_no_pictures_are_said(photos, capsys):
+    (photos / "car" / "notes.TXT").write_text("x", encoding="utf-8")
+    (photos / "car" / "scan.tiff").write_bytes(b"x")
+    assert len(datasets.photos(photos, n_train=6, n_test=4)) == 20
+    assert "2 files are no pictures (.tiff, .txt)." in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------- hostile pictures
 
 
@@ -466,7 +492,7 @@ def test_drawings_are_files_with_the_pixels_that_were_drawn(tmp_path, monkeypatc
     assert len(list(home.glob("*.png"))) == len(manifest) == 300
     monkeypatch.setattr(datasets, "_draw", lambda *_, **__: pytest.fail("they are there"))
     assert datasets.rendered(seed=3, **sizes, size=32).equals(manifest)
-    sums = lambda rows, *_, **__: [datasets._checksum(row["file"]) for row in rows]  # noqa: E731
+    sums = lambda rows, *_, **__: [datasets.checksum(row["file"]) for row in rows]  # noqa: E731
     monkeypatch.setattr(datasets, "_draw", sums)
     others = [datasets.rendered(seed=3, **sizes, size=48), datasets.rendered(seed=4, **sizes)]
     assert len({home, *(Path(other["path"][0]).parent for other in others)}) == 3
@@ -486,6 +512,7 @@ def test_a_data_root_that_is_not_there_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("THESIS_DERIVED", raising=False)
     monkeypatch.setattr(stored, "ROOT", tmp_path)
     (tmp_path / "runs").write_text("a file where a folder should be", encoding="utf-8")
     with pytest.raises(PermissionError, match="Cannot write to"):

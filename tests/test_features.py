@@ -172,7 +172,7 @@ def test_unknown_backbones_and_absent_files_are_named(tmp_path):
 def test_missing_weights_are_named_and_not_downloaded(name, tmp_path, monkeypatch):
     monkeypatch.setattr(features.file_utils.config, "keras_home", lambda: str(tmp_path))
     monkeypatch.setattr(features.file_utils, "urlretrieve", lambda *_: pytest.fail("a download"))
-    with pytest.raises(ValueError, match=r"models/.*\.h5 is missing.* Get it from https://"):
+    with pytest.raises(FileNotFoundError, match=r"models/.*\.h5 is missing.* Get it from https://"):
         features.load_backbone(name)
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import helpers
 from support.stored import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,3 +55,24 @@ def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
     assert "5 of 5 right-hand sides solved" in run.stdout
     assert "20 removals, 5 test points: r" in run.stdout
     assert re.search(r"most helpful for test 0: \[[ \d]+\]", run.stdout)
+
+
+def test_every_exported_name_has_an_example_that_runs(tmp_path):
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    sections = re.findall(r"### `(\w+)`\n(.*?)(?=\n##|$)", text, re.S)
+    assert sorted(name for name, _ in sections) == sorted(helpers.__all__)
+    for name, section in sections:
+        assert f"from helpers import {name}\n" in section
+        assert re.search(rf"[^`]\b{name}\(", section.partition("import ")[2]), name
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "300 examples" in run.stdout
+    assert "NOT CONVERGED" not in run.stdout

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import SOFTMAX, ridge
 from sklearn.linear_model import LogisticRegression
@@ -16,7 +17,7 @@ from helpers import (
     self_influence,
 )
 from helpers.fit import newton
-from studies import leave_one_out, many_fits
+from studies import leave_one_out, many_fits, mislabels
 from support import stored
 
 
@@ -264,3 +265,28 @@ def test_a_relabelled_head_is_the_head_of_those_labels(binary):
     fresh = Objective(model, binary.loss, binary.x, labels, **options)
     ours, theirs = (Removals(o).self_influence() for o in (relabelled, fresh))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_leverage_scaled_is_self_influence_by_the_hessian_of_the_others(classes):
+    """Against dense matrices, from which the part of one point after another is taken out."""
+    rng, n, d, wd = np.random.default_rng(0), 60, 4, 0.1
+    x, y = rng.normal(size=(n, d)), np.arange(n) % classes
+    data = mislabels.Data(x, y, x, y, pd.DataFrame({"label": y}))
+    problem = mislabels.problem(data, wd)
+    theta = many_fits.fit_many(problem.objective, y[:, None]).theta[:, 0]
+    scores = mislabels.rankings(problem, y, theta, rng)["leverage-scaled"]
+    outputs = x @ theta.reshape(d, -1)
+    if classes == 2:
+        p = 1 / (1 + np.exp(-outputs))
+        residuals, curvatures = p - y[:, None], (p * (1 - p))[..., None]
+    else:
+        p = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+        residuals, curvatures = p - np.eye(classes)[y], np.array([np.diag(q) for q in p])
+        curvatures -= p[:, :, None] * p[:, None, :]
+    wide = [np.kron(row[:, None], np.eye(outputs.shape[1])) for row in x]
+    parts = [w @ a @ w.T / n for w, a in zip(wide, curvatures, strict=True)]
+    whole = sum(parts) + wd * (1 - 1 / n) * np.eye(theta.size)
+    for w, part, r, score in zip(wide, parts, residuals, scores, strict=True):
+        g = w @ r
+        np.testing.assert_allclose(score, g @ np.linalg.solve(whole - part, g), rtol=1e-10)

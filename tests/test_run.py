@@ -244,8 +244,13 @@ from support import stored
 from support import claims
 stored.ROOT = claims.ROOT = stored.Path({str(project)!r})
 figures = stored.folder("runs", profile, "figures")
-for kind in ("png", "json"):
-    (figures / f"{number}_new.{{kind}}").touch()
+(figures / "{number}_new.json").touch()
+import matplotlib.pyplot as plt
+from support.figures import save
+for name, draw in (("plot", "scatter"), ("picture", "imshow")):
+    figure, axis = plt.subplots()
+    getattr(axis, draw)(*(([1], [2]) if draw == "scatter" else ([[0, 1], [1, 0]],)))
+    save(figure, f"{number}_{{name}}", profile)
 claims.write("{number}_a", profile, {{}}, [claims.claim("a", "", {value}, above=0)])"""
     if profile != "demo":
         line = f"{number}_a: {{profile: {profile}}}"
@@ -266,7 +271,8 @@ def test_a_refresh_of_the_demo_runs_it_and_copies_all_of_it(project):
     (figures / "04_old.png").touch()
     assert run.main(["--promote", "03"]) == 0
     names = {path.name for path in figures.iterdir()} - {"VERDICTS.md"}
-    assert names == {"03_new.png", "03_new.json", "03_verdicts.json", "04_old.png"}
+    new = {"03_plot.png", "03_picture.png", "03_new.json", "03_verdicts.json"}
+    assert names == {*new, "04_old.png"}
     first = (project / "notebooks" / "03_a.ipynb").read_bytes()
     cells = nbformat.reads(first.decode(), 4).cells
     assert [c.execution_count for c in cells] == [1, 2]
@@ -274,7 +280,7 @@ def test_a_refresh_of_the_demo_runs_it_and_copies_all_of_it(project):
     assert (project / "notebooks" / "03_a.ipynb").read_bytes() == first
 
 
-def test_a_refresh_of_photographs_copies_numbers_of_the_committed_code_alone(project, capsys):
+def test_a_refresh_of_photographs_copies_numbers_and_plots_of_committed_code(project, capsys):
     def refresh():
         status = run.main(["--profile", "real", "--promote", "03"])
         return status, capsys.readouterr().err
@@ -297,6 +303,7 @@ def test_a_refresh_of_photographs_copies_numbers_of_the_committed_code_alone(pro
     assert refresh() == (0, "")
     assert {path.name for path in (project / "figures" / "real").iterdir()} == {
         "03_new.json",
+        "03_plot.png",
         "03_verdicts.json",
         "VERDICTS.md",
     }

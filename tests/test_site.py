@@ -93,7 +93,8 @@ def test_every_link_leads_somewhere(site):
 def test_pages_open_on_a_phone_without_errors(site, tmp_path):
     documents = [ROOT / "README.md", *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("figures/*/*.md")]
     names = [str(p.relative_to(ROOT).with_suffix(".html")) for p in documents if ".p" not in p.stem]
-    pages = ["index.html", "docs/api.html", *names]
+    own = [f"docs/{name}.html" for name in ("api", "notebooks", "own_model")]
+    pages = ["index.html", *own, *names]
     (site / "check.html").write_text(CHECK % (PHONE, json.dumps(pages)), encoding="utf-8")
     with (
         http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,

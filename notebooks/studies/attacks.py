@@ -214,7 +214,7 @@ def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, *
     sizes, fish = {"seed": seed, "n_train": n_train, "n_test": n_test}, pictures == "dog_fish"
     table = datasets.dog_fish(**sizes) if fish else datasets.vehicles(pictures, **sizes)
     phi = features.extract(table, backbone, batch_size=16).astype(float)
-    data = vehicles.split(table, phi, positive="fish" if fish else "airplane")
+    data = vehicles.split(table, phi, positive="fish" if fish else None)
     images, train = datasets.pictures(table, backbone.size), (table["split"] == "train").to_numpy()
     head = vehicles.fitted_head(data, weight_decay)
     attacker = Attacks(data, head, backbone, images[train], **options)
@@ -259,25 +259,25 @@ class Record:
     """Finished targets, after each group of them in a JSON file: a run cut off goes on from it.
 
     The file is runs/<profile>/11_<name>.json and begins as figures/<profile>/11_<name>.json, the
-    committed one; in `demo` there is none. about : the bed and the rule, which must be the file's.
+    committed one, if that is of the same bed (of the same pictures: margins tell); in `demo` there
+    is none. about : the bed and the rule.
     """
 
-    def __init__(self, name, profile, about):
+    def __init__(self, name, profile, about, attacker):
         self.path = stored.folder("runs", profile) / f"11_{name}.json"
-        begun = self.path if self.path.exists() else claims.committed(profile) / self.path.name
         self.content, self.kept = {"about": claims.plain(about), "targets": {}}, profile != "demo"
-        if self.kept and begun.exists():
-            about = self.content["about"]
-            self.content = json.loads(begun.read_text(encoding="utf-8"))
-            if self.content["about"] != about:
-                raise ValueError(f"{begun} holds another attack than asked for: move it away.")
+        for begun in (self.path, claims.committed(profile) / self.path.name) if self.kept else ():
+            if begun.exists():
+                content = json.loads(begun.read_text(encoding="utf-8"))
+                if content["about"] == self.content["about"] and _same_margins(content, attacker):
+                    self.content = content
+                    return
+                if begun == self.path:
+                    raise ValueError(f"{begun} holds another attack than asked for: move it away.")
 
-    def known(self, attacker, tests):
-        """Return {test picture: dict} of those finished; ValueError if it was another bed's."""
+    def known(self, tests):
+        """Return {test picture: dict} of those finished."""
         done = self.content["targets"]
-        for t in (t for t in tests if str(t) in done):
-            if abs(done[str(t)]["margin"] - attacker.margin[t]) > 0.05:
-                raise ValueError(f"Target {t} of {self.path} had another margin: move it away.")
         return {t: done[str(t)] for t in tests if str(t) in done}
 
     def fill(self, attacker, tests, compute, *, at_once=8):
@@ -295,6 +295,12 @@ class Record:
             stored.write(folder / self.path.name, json.dumps(self.content) + "\n")
 
 
+def _same_margins(content, attacker):
+    """Return whether the finished targets have the margins of this attacker's."""
+    known = [(int(t), one["margin"]) for t, one in content["targets"].items()]
+    return all(t < len(attacker.margin) and abs(z - attacker.margin[t]) < 0.05 for t, z in known)
+
+
 def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     """Return (test pictures, what `ladder` found on each) of those that a Record has or gets.
 
@@ -307,9 +313,12 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
     drawn = "random order of the test pictures that the clean head names correctly"
     about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
-    record, parts = Record(name, profile, about), list(zip(counts, (2, 5, 6), strict=True))
+    record, parts = (
+        Record(name, profile, about, attacker),
+        list(zip(counts, (2, 5, 6), strict=True)),
+    )
     for count, stop in (parts[::-1] if better else parts) if go_on else ():
-        known, names = record.known(attacker, tests), tuple(SUBSETS)[:stop]
+        known, names = record.known(tests), tuple(SUBSETS)[:stop]
 
         def over(t, known=known, names=names):
             return t in known and (flipped(known[t]) or set(names) <= set(known[t]))
@@ -319,7 +328,7 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
             return ladder(attacker, some, begun, subsets=names, **how)
 
         record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
-    known = record.known(attacker, tests)
+    known = record.known(tests)
     record.write(stored.folder("runs", profile, "figures"))
     return np.array([*known]), [*known.values()]
 
@@ -420,7 +429,7 @@ def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go
     feature space, over the mean distance of its class to its centroid.
     """
     about = {"bed": bed, "tests": tests, "steps": steps, "without": without}
-    record, key = Record(name, profile, about), [tests[0]]
+    record, key = Record(name, profile, about, attacker), [tests[0]]
 
     def attack(_):
         rows = attacker.shortlist(tests, size)[0]
@@ -432,10 +441,10 @@ def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go
         found = {"carrier": rows[0], "moved": away / radius}
         return [found | {"before": attacker.margin[tests], "after": done.logits[0]}]
 
-    if go_on and not record.known(attacker, key):
+    if go_on and not record.known(key):
         record.fill(attacker, key, attack)
     record.write(stored.folder("runs", profile, "figures"))
-    return record.known(attacker, key).get(tests[0])
+    return record.known(key).get(tests[0])
 
 
 def alike(attacker, label, k):

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
+from sklearn.metrics.pairwise import euclidean_distances
 
 from helpers import Objective, Removals, fit_head, predicted_loss_change, s_test
 from helpers.gradients import per_example_gradients
@@ -117,6 +118,25 @@ def share_on_top(changes, children):
     """Return which share of the patients at `children` is among the as many most influential."""
     first = np.argsort(-np.abs(changes), axis=1)[:, : len(children)]
     return np.isin(first, children).mean()
+
+
+def found_by(case, children, age):
+    """Return {way: share of the training children found}, the mean over misjudged test children.
+
+    children : their positions in the training data; age : the column of their feature. A way that
+    ranks features finds all of them where this feature comes first, and none where it does not.
+    """
+    model, x = case.models[1], case.x[case.test[case.misjudged]]
+    phi = model.head.phi
+    unit = np.where(np.ptp(phi, axis=0) > 0, phi.std(0), 1)
+    nearness = 1 / (1 + euclidean_distances(x / unit, phi / unit))
+    terms = model.theta * (x - phi.mean(0))
+    return {
+        "influence": share_on_top(case.changes[case.misjudged], children),
+        "neighbours": share_on_top(nearness, children),
+        "coefficient x (value - mean)": np.mean(terms.argmax(1) == age),
+        "coefficients": float(np.abs(model.theta).argmax() == age),
+    }
 
 
 def put_back(case):

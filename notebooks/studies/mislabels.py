@@ -1,4 +1,4 @@
-"""Wrong labels: planted in four data sets, ranked by suspicion in nine ways, inspected, repaired.
+"""Wrong labels: planted in four data sets, ranked by suspicion in ten ways, inspected, repaired.
 
 n training points, m test points, C classes, d features, p parameters, k draws of flips.
 """
@@ -23,7 +23,7 @@ from studies import many_fits
 from support import datasets, evaluation, models, vehicles
 
 RANKINGS = (
-    *("self-influence", "left-out loss", "loss", "gradient norm", "Grad-Dot"),
+    *("self-influence", "leverage-scaled", "left-out loss", "loss", "gradient norm", "Grad-Dot"),
     *("confident learning", "neighbours", "random"),
 )
 
@@ -216,9 +216,12 @@ def rankings(problem, labels, theta, rng, *, seed=0):
     head.relabel(labels)
     removals = Removals(problem.curved)
     r, own = removals.residual, removals.self_influence()
+    left = np.eye(head.c) - removals.curvature @ removals.own / head.n
+    scaled = np.linalg.solve(left, r[..., None])[..., 0]
     disagree = (labels[problem.neighbours] != labels[:, None]).mean(1)
     scores = {
         "self-influence": own,
+        "leverage-scaled": np.einsum("na,nab,nb->n", r, removals.own, scaled),
         "left-out loss": removals.left_out_losses(),
         "loss": head.losses(head.y, removals.outputs),
         "gradient norm": np.linalg.norm(r, axis=1) * np.linalg.norm(head.phi, axis=1),

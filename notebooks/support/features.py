@@ -45,14 +45,15 @@ def load_backbone(name, *, weights="imagenet", size=None):
     modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
     module = next(m for m in modules if hasattr(m, name))
     if weights not in ("imagenet", None) and not Path(weights).exists():
-        home = stored.named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
-        weights = home / "models" / weights
+        weights = stored.keras_home() / "models" / weights
     size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
     try:
         with _float32(), patch.object(file_utils, "get_file", _on_disk):
             model = build(
                 include_top=False, pooling="avg", weights=weights, input_shape=(size, size, 3)
             )
+    except stored.DataMissing:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"Could not load {name} with weights={weights!r}: {error}.") from error
     model.trainable = False
@@ -63,9 +64,10 @@ def _on_disk(name, origin, *, cache_subdir="models", file_hash=None, **_):
     """Return the path of a file of Keras's cache; Keras's own `get_file` would download it."""
     path = Path(file_utils.config.keras_home()).expanduser() / cache_subdir / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing, and nothing is downloaded behind your back. Get it from {origin}, "
-            "put it there (KERAS_HOME names another folder than ~/.keras), and run again"
+        raise stored.DataMissing(
+            f"{path} is missing, and nothing is downloaded behind your back. `make data "
+            f"ONLY=weights` brings MobileNetV2 and InceptionV3. Get it from {origin}, "
+            "put it there (KERAS_HOME names another folder than ~/.keras), and run again."
         )
     if file_hash and not file_utils.validate_file(str(path), file_hash):
         raise ValueError(f"{path} is damaged (its checksum is not {file_hash}): get {origin} again")

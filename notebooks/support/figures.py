@@ -5,27 +5,57 @@ import json
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 from IPython.display import Image
+from matplotlib.image import _ImageBase
+from PIL import Image as Raster
+from PIL.PngImagePlugin import PngInfo
 
 from support import stored
 from support.claims import plain
 from support.stored import folder
+
+WIDTHS = 3.3, 6.9  # inches: one column of a paper, and two
+
+
+def style():
+    """Set how figures look: 8 pt, in colours that colour-blind readers and grey prints keep apart.
+
+    `save` brings a plot to the nearer of WIDTHS; its text keeps its size.
+    """
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
+    kinds = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize")
+    kinds += ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
+    plt.rcParams.update(dict.fromkeys(kinds, 8))
+    plt.rcParams.update(
+        {"figure.dpi": 80, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
+    )
+
+
+def shows_pictures(figure):
+    """Return whether a figure holds any raster: a photograph, a digit, or a map of values."""
+    return bool(figure.findobj(_ImageBase))
 
 
 def save(figure, name, profile, **numbers):
     """Write runs/<profile>/figures/<name>.png and the plotted numbers as <name>.json; return it.
 
     What a notebook shows is the file itself, so the two can not differ. A palette of 128 colours
-    keeps sheets of pictures small.
+    keeps sheets of pictures small. A plot is also written as PDF, and its PNG says that it is one.
     """
-    from PIL import Image as Raster
-
     path = folder("runs", profile, "figures") / f"{name}.png"
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 100))
+    info, dpi = PngInfo(), getattr(figure, "file_dpi", 145)
+    info.add_text("shows", "pictures" if shows_pictures(figure) else "plot")
+    buffer, small, print_ = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    if not shows_pictures(figure):
+        width, height = figure.get_size_inches()
+        printed = WIDTHS[0] if width < 4.5 else WIDTHS[1]
+        figure.set_size_inches(printed, height * printed / width)
+        figure.savefig(print_, format="pdf", metadata={"CreationDate": None})  # else it has a date
+        stored.write(path.with_suffix(".pdf"), print_.getvalue())
+    figure.savefig(buffer, dpi=dpi)
     plt.close(figure)
-    small = io.BytesIO()
-    Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True)
+    Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True, pnginfo=info)
     stored.write(path, small.getvalue())
     if numbers:
         stored.write(path.with_suffix(".json"), json.dumps(plain(numbers)) + "\n")
@@ -41,13 +71,13 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
     """
     from support.evaluation import agreement as measured
 
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.3 * len(panels), 3.5), sharex=True, sharey=True, squeeze=False
-    )
+    size = (3.3 * len(panels), 3.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    values = np.array(list(panels.values()), float)
+    ends = np.nanmin(values), np.nanmax(values)
     cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
-        ends = [np.min([predicted, actual]), np.max([predicted, actual])]
         axis.plot(ends, ends, color="0.6", lw=1)
         dots = axis.scatter(predicted, actual, c=colour, s=12, cmap=cmap)
         text = f"{name}\nr {found.r:.2f}, slope {found.slope:.2f}"
@@ -59,6 +89,8 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.tick_params(labelsize=7)  # seven ticks fit a panel
+        axis.set(box_aspect=1)  # the line's ends give all axes the same limits
+        axis.label_outer()
     axes[0, 0].set_ylabel(f"actual change ({unit})")
     if colour is not None:
         figure.colorbar(dots, ax=axes, label=colour_label)
@@ -71,9 +103,10 @@ def curves(axis, x, lines, *, marker=None, **labels):
     lines : {name: y (k,)} or {name: (y, low, high)}, the band a 95 % one; labels : what
     `axis.set` takes (xlabel, ylabel, title, xscale, ylim, ...).
     """
-    for name, values in lines.items():
+    for k, (name, values) in enumerate(lines.items()):
         y, *band = values if isinstance(values, tuple) else (values,)
-        (line,) = axis.plot(x, y, marker=marker, ms=4, label=name)
+        dashes = ("-", "--", ":", "-.")[k % 4]  # which a grey print keeps apart
+        (line,) = axis.plot(x, y, dashes, marker=marker, ms=4, label=name)
         if band:
             axis.fill_between(x, *band, alpha=0.15, color=line.get_color(), lw=0)
     axis.set(**labels)

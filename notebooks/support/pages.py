@@ -11,6 +11,7 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from PIL import Image, UnidentifiedImageError
 
 from support import stored
 from support.claims import OWN, PUBLISHED, committed, show_number, written
@@ -50,7 +51,7 @@ def summary_page():
     lines = [_markdown_row([*columns, "real: published", "real: ours"]), "|" + " --- |" * 7]
     for row in notebooks().itertuples():
         told = [text for t in tables for text in fared(t[t["notebook"] == row.notebook])]
-        cells = [_link(row.notebook, row.notebook[:2]), row.question, _in_short(row.answer), *told]
+        cells = [_link(row.notebook, row.notebook[:2]), row.question, in_short(row.answer), *told]
         lines.append(_markdown_row(cells))
     return "\n".join(lines)
 
@@ -75,9 +76,9 @@ def published_page():
 
 
 def verdict_page(profile):
-    """Return figures/<profile>/VERDICTS.md: every claim, and of `demo` the answers and figures.
+    """Return figures/<profile>/VERDICTS.md: every claim and figure, and of `demo` the answers.
 
-    The notebooks' answers are the demo's; those of photographs stand in the values alone.
+    The notebooks' answers are the demo's; what photographs gave stands in values and plots.
     """
     where, drawn = committed(profile), profile == "demo"
     claims, lines = written(where), [f"# Every claim of the profile `{profile}`", ""]
@@ -93,11 +94,27 @@ def verdict_page(profile):
             whose = "ours" if c.of == "here" else c.of
             cells = [f"{c.claim} (`{c.id}`)", whose, c.criterion, c.shown, c.verdict]
             lines.append(_markdown_row(cells))
-        if drawn:  # photographs are not ours to show
-            figures = sorted(where.glob(f"{row.notebook[:2]}_*.png"))
-            lines += [f"\n![{f.stem.replace('_', ' ')}]({f.name})" for f in figures]
-        lines.append("")
+        lines += [*figures_of(profile, row.notebook), ""]
     return "\n".join(lines)
+
+
+def figures_of(profile, notebook, up=""):
+    """Return the committed figures of a notebook as Markdown; of `demo` all, else the plots."""
+    paths = sorted(committed(profile).glob(f"{notebook[:2]}_*.png"))
+    shown = [path for path in paths if profile == "demo" or is_plot(path)]
+    return [f"\n![{path.stem.replace('_', ' ')}]({up}{path.name})" for path in shown]
+
+
+def is_plot(path):
+    """Return whether a PNG says of itself, as `figures.save` wrote, that it shows no picture.
+
+    Photographs are not ours to publish: of profiles other than `demo` only plots are committed.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.info.get("shows") == "plot"
+    except UnidentifiedImageError:
+        return False
 
 
 def _markdown_row(cells):
@@ -109,7 +126,7 @@ def _link(notebook, text, up=""):
     return f"[{text}]({up}notebooks/{notebook}.ipynb)"
 
 
-def _in_short(answer, least=50):
+def in_short(answer, least=50):
     """Return an answer's first sentence, and the next where the first says too little."""
     ends = [m.end() for m in re.finditer(r"[.](?= [A-Z*]|$)", answer)]
     return answer[: next((end for end in ends if end >= least), None)]

@@ -31,12 +31,13 @@ import yaml
 from filelock import FileLock
 from tqdm import tqdm
 
-from support import pages
+from support import datasets, fetch, pages, stored
 from support.claims import DEFAULT, forget, read_record, written
 from support.start import PROFILES
 from support.stored import ROOT, data_root, folder, named_folder, write
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
+MISSING = "not applicable"
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
 
 
@@ -209,6 +210,8 @@ def jobs_of(profile, chosen):
                     f"{file.relative_to(ROOT)} needs a line for {path.stem} that says "
                     f"`profile: {profile}`; it says {parameters.get('profile', 'nothing')}"
                 )
+            if parameters.get("mnist_source") == "best":
+                parameters = {**parameters, "mnist_source": datasets.best_digits()}
             dataset = parameters.get("dataset", declared.get("dataset"))
             name = path.stem if dataset in (None, DEFAULT) else f"{path.stem}_{dataset}"
             jobs.append(Job(path, name, dataset, checked(parameters, declared)))
@@ -216,8 +219,13 @@ def jobs_of(profile, chosen):
 
 
 def run_jobs(profile, left, at_once=1):
-    """Run Jobs into runs/<profile>/, `at_once` side by side; return those that failed."""
-    target, left, running, failed = folder("runs", profile), list(left), {}, []
+    """Run Jobs into runs/<profile>/, `at_once` side by side; return those that failed.
+
+    Where data of one's own are needed, a Job that misses some is not applicable, and the others go
+    on; if none ran, all have failed.
+    """
+    target, left, running, failed, missed = folder("runs", profile), list(left), {}, [], []
+    every = len(left)
     with (
         ProcessPoolExecutor(at_once, get_context("spawn")) as pool,
         tqdm(total=len(left), unit="notebook", disable=None, leave=False) as bar,
@@ -229,9 +237,12 @@ def run_jobs(profile, left, at_once=1):
             bar.set_description(" ".join(job.number for job in running.values()))
             for task in wait(running, return_when=FIRST_COMPLETED).done:
                 job, (done, outcome) = running.pop(task), task.result()
-                failed += [] if done else [job]
+                without_data = profile != "demo" and outcome.startswith(MISSING)
+                failed += [] if done or without_data else [job]
+                missed += [job] if without_data else []
                 bar.write(f"{job.name:28s} {outcome}")
                 bar.update()
+    failed = failed or (missed if len(missed) == every else [])
     if failed:
         print(f"\nFAILED: {' '.join(job.name for job in failed)}")
         for partial in (target / f"partial_{job.name}.ipynb" for job in failed):
@@ -274,7 +285,8 @@ def _attempt(job, folder):
             return True, f"{run(job.path, output, job.parameters):5.0f} s"
     except Exception as error:  # whatever stopped it, the reader wants the reason first
         name = getattr(error, "ename", type(error).__name__)  # of an exception in the notebook
-        return False, f"FAILED\n\n{name}: {getattr(error, 'evalue', error)}\n"
+        start = MISSING if name == stored.DataMissing.__name__ else f"FAILED\n\n{name}"
+        return False, f"{start}: {getattr(error, 'evalue', error)}\n"
 
 
 def share_cores(at_once):
@@ -307,8 +319,8 @@ def _start_from_what_is_committed(profile):
 def promote(profile, chosen):
     """Copy finished runs to what is committed: figures/<profile>/ and, of `demo`, notebooks/.
 
-    Of the other profiles only numbers are copied, no picture, and only from a run of the code that
-    is committed.
+    Of the other profiles only numbers and plots are copied, no figure that shows a picture, and
+    only from a run of the code that is committed.
     """
     runs, jobs = folder("runs", profile), jobs_of(profile, chosen)
     for job in jobs:
@@ -318,12 +330,14 @@ def promote(profile, chosen):
         if profile != "demo":
             for made in read_record(record)["runs"].values():
                 _refuse_other_code(job.name, made["commit"])
-    target, kinds = folder("figures", profile), ("json", "png") if profile == "demo" else ("json",)
+    target = folder("figures", profile)
     for notebook in chosen:
-        for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in kinds):
+        for pattern in (f"{notebook.stem[:2]}_*.{kind}" for kind in ("json", "png")):
             for old in target.glob(pattern):
                 old.unlink()
             for new in (runs / "figures").glob(pattern):
+                if new.suffix == ".png" and profile != "demo" and not pages.is_plot(new):
+                    continue
                 write(target / new.name, new.read_bytes())
         if profile == "demo":
             executed = tidy(nbformat.read(runs / notebook.name, 4), injected=False)
@@ -370,6 +384,7 @@ def main(arguments=None):
     if not only_copy:
         if profile != "demo":
             print(f"data root: {root}")
+            fetch.print_states()
         if run_jobs(profile, jobs, at_once):
             return 1
     if options.promote:

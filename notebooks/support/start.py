@@ -56,14 +56,10 @@ def start(profile="demo", seed=0, *, threads=None):
     random.seed(seed)
     if profile == "demo":
         tf.config.experimental.enable_op_determinism()
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    from support import figures
 
     warnings.filterwarnings("ignore", message=".*IProgress.*")
     if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not heed
         tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    plt.rcParams.update(
-        {"figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True}
-    )
+    figures.style()
     np.set_printoptions(precision=3, suppress=True)

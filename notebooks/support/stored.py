@@ -33,6 +33,10 @@ SOURCES = {
 }
 
 
+class DataMissing(FileNotFoundError):
+    """Data are not there: the message says which file, where to get it, and what to run."""
+
+
 def named_folder(variable):
     """Return the folder that an environment variable names; None where it is unset or empty.
 
@@ -52,14 +56,21 @@ def data_root():
     return named_folder("THESIS_DATA") or ROOT / "data" / "raw"
 
 
+def keras_home():
+    """Return Keras's own folder of weights and data sets: `KERAS_HOME` if set, else ~/.keras."""
+    return named_folder("KERAS_HOME") or Path("~/.keras").expanduser()
+
+
 def folder(*parts):
     """Return ROOT/parts as a folder that exists and can be written to.
 
-    `THESIS_RUNS` stands for ROOT/runs, so that two runs do not overwrite each other's.
+    `THESIS_RUNS` stands for ROOT/runs, so that two runs do not overwrite each other's;
+    `THESIS_DERIVED` for ROOT/data/derived, so that tests find nothing that was stored before.
     """
     path = ROOT.joinpath(*parts)
-    if parts[0] == "runs":
-        path = (ROOT / (os.environ.get("THESIS_RUNS") or "runs")).joinpath(*parts[1:])
+    for variable, usual in (("THESIS_RUNS", "runs"), ("THESIS_DERIVED", "data/derived")):
+        if path.is_relative_to(ROOT / usual) and os.environ.get(variable):
+            path = ROOT / os.environ[variable] / path.relative_to(ROOT / usual)
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -106,10 +117,10 @@ def put(path, content, **made):
 def get(path, made_by):
     """Return a result as `put` got it, and its record; `made_by` names what makes it.
 
-    FileNotFoundError where it is not there, ValueError where it is not what was written.
+    DataMissing where it is not there, ValueError where it is not what was written.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist yet: run {made_by} first.")
+        raise DataMissing(f"{path} does not exist yet: run {made_by} first.")
     try:
         data = path.read_bytes()
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ from support.models import linear_head
 class Vehicles(NamedTuple):
     """Two classes of pictures: manifest rows, features (n, d) and (m, d), labels 0. or 1.
 
-    An airplane is 1, a car 0; rows of `train` and `test` are in the order of the features.
+    Of two class folders the first in the alphabet is 1: an airplane is 1, a car 0. Rows of `train`
+    and `test` are in the order of the features.
     """
 
     train: pd.DataFrame
@@ -24,6 +25,11 @@ class Vehicles(NamedTuple):
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+
+    @property
+    def names(self):
+        """The names of the classes 0 and 1."""
+        return [self.train["label"].to_numpy()[self.y_train == c][0] for c in (0, 1)]
 
     def __str__(self):
         (n, d), m = self.x_train.shape, len(self.x_test)
@@ -62,11 +68,15 @@ def load(profile):
             f"{path.name} was measured on other pictures than {len(table)} of today's manifest: "
             "run notebook 01_feature_extraction again."
         )
-    return split(table, arrays["phi"].astype(float), positive="airplane")
+    return split(table, arrays["phi"].astype(float))
 
 
-def split(manifest, phi, *, positive):
-    """Return Vehicles of a manifest and its features (rows, d); label `positive` becomes 1."""
+def split(manifest, phi, *, positive=None):
+    """Return Vehicles of a manifest and its features (rows, d).
+
+    Label `positive` becomes 1; where none is named, the first in the alphabet.
+    """
+    positive = positive or min(manifest["label"])
     label = (manifest["label"] == positive).to_numpy().astype(float)
     train = (manifest["split"] == "train").to_numpy()
     tables = (manifest[part].reset_index(drop=True) for part in (train, ~train))
