@@ -298,7 +298,8 @@ def probe(objective, head):
         loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
         (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss.name}"
         if flat and objective.data.in_memory:
-            flat = not head.curvatures(head.y, head.outputs(head.phi, objective.theta)).any()
+            outputs = head.outputs(head.phi, objective.theta)
+            flat = not head.bend(head.y, outputs, rng.normal(size=outputs.shape)).numpy().any()
     else:
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
         coarsest = min(v.dtype for v in o.variables)

@@ -85,9 +85,13 @@ def _loss_gradients(objective, x, y):
     return pulled(objective, x, output_slopes(objective, x, y))
 
 
-def rows_at_once(objective):
-    """Return how many per-example gradients fit the memory budget, at most a batch."""
-    fit = objective.data.affordable(4 * objective.p * tf.as_dtype(objective.dtype).size)
+def rows_at_once(objective, width=0):
+    """Return how many per-example gradients fit the memory budget, at most a batch.
+
+    With the Hessian of each loss in `width` outputs beside them where they are asked for.
+    """
+    size = tf.as_dtype(objective.dtype).size
+    fit = objective.data.affordable(size * (4 * objective.p + 8 * width**2))
     return min(fit, objective.data.batch_size)
 
 

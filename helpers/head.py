@@ -146,6 +146,26 @@ class Head:
         none = tf.UnconnectedGradients.ZERO  # of a loss that is linear in pieces
         return tf.stack([tape.gradient(c, outputs, None, none) for c in columns], axis=1)
 
+    @keras_facts.traced
+    def bend(self, y, outputs, u):
+        """Return A_i u_i (m, C) for u (m, C) as a tensor, without any A."""
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            dot = tf.reduce_sum(self._residuals(y, outputs) * u)
+        return tape.gradient(dot, outputs, None, tf.UnconnectedGradients.ZERO)
+
+    def curvatures_in_parts(self, theta):
+        """Yield slices of the examples and their A (b, C, C), as many as fit the memory budget."""
+        size = self.objective.data.affordable(self.bytes_of_curvature)
+        for start in range(0, len(self.phi), size):
+            rows = slice(start, start + size)
+            yield rows, self.curvatures(self.y[rows], self.outputs(self.phi[rows], theta))
+
+    @property
+    def bytes_of_curvature(self):
+        """The memory that one example takes while its A is computed: about eight times A."""
+        return 64 * self.c**2
+
     def gradients(self, phi, residuals):
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
         return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), -1)
@@ -162,7 +182,7 @@ class Head:
             return np.zeros((len(self.decay), 0))
         block = next(iter(self.blocks()))
         outputs = block.outputs(block.phi, self.objective.theta)
-        bent = self.curvatures(block.y, outputs).sum(2)
+        bent = self.bend(block.y, outputs, np.ones_like(outputs)).numpy()
         slope = self.residuals(block.y, outputs).sum(1)
         one = np.zeros((self.d, self.c))
         one[-1] = self.c**-0.5
@@ -174,24 +194,23 @@ class Head:
 
         `weight` (n,) and `n` replace the objective's own, for fits that leave points out.
         """
-        a = self.curvatures(self.y, self.outputs(self.phi, theta))
-        a *= self._share(weight, n)[:, None, None]
-        h = np.empty((self.d, self.c, self.d, self.c))
-        for i in range(self.c):
-            for j in range(i, self.c):
-                h[:, i, :, j] = gram(self.phi, a[:, i, j])
-                h[:, j, :, i] = h[:, i, :, j]  # the block is symmetric in the features
+        share, h = self._share(weight, n), np.zeros((self.d, self.c, self.d, self.c))
+        for rows, a in self.curvatures_in_parts(theta):
+            a *= share[rows, None, None]
+            for i, j in zip(*np.triu_indices(self.c), strict=True):
+                h[:, i, :, j] += gram(self.phi[rows], a[:, i, j])
+        for i, j in zip(*np.triu_indices(self.c, 1), strict=True):
+            h[:, j, :, i] = h[:, i, :, j]  # the block is symmetric in the features
         h = h.reshape(self.d * self.c, -1)
         h[np.diag_indices_from(h)] += self.decay
         return h
 
     def product(self, theta, *, weight=None, n=None):
         """Return v (p,) -> H v at theta, for p too large to form H."""
-        a = self.curvatures(self.y, self.outputs(self.phi, theta))
-        a *= self._share(weight, n)[:, None, None]
+        outputs, share = self.outputs(self.phi, theta), self._share(weight, n)[:, None]
 
         def hv(v):
-            moved = np.einsum("nab,nb->na", a, gemm(self.phi, v.reshape(self.d, self.c)))
+            moved = self.bend(self.y, outputs, self.outputs(self.phi, v)).numpy() * share
             return gemm(self.phi.T, moved).ravel() + self.decay * v
 
         return hv

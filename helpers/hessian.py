@@ -145,18 +145,18 @@ class GaussNewton(Hessian):
         """Return G as a matrix (p, p) float64.
 
         With A_i = F_i S_i F_i', G is the Gram matrix of the rows J_i' F_i with the signs S_i: C
-        per-example gradients and one GEMM a batch, where a product for every column would cost p
-        passes. The GEMM runs in the model's dtype.
+        per-example gradients and one GEMM a batch, in the model's dtype. With more outputs than
+        parameters (images), a product for every column, p passes, is cheaper.
         """
         objective = self.objective
         if objective.head:
             return objective.head.hessian(objective.theta)
         total = np.zeros((objective.p, objective.p))
-        if not is_vectorisable(objective):
+        if objective.loss.width > objective.p or not is_vectorisable(objective):
             for columns, identity in _identity(objective, range(objective.p)):
                 total[:, columns] = self @ identity.numpy()
             return (total + total.T) / 2
-        for x, y, weight in objective.data.each(rows_at_once(objective)):
+        for x, y, weight in objective.data.each(rows_at_once(objective, objective.loss.width)):
             factors, signs = output_factors(objective, x, y)
             shares = signs * weight[:, None]
             for c in np.flatnonzero(signs.numpy().any(0)):  # softmax has rank C - 1
@@ -177,7 +177,8 @@ def as_operator(H):
 def _head_product(objective, rows=None):
     """Return V -> H V = (1/n) phi' [A (phi V)] + decay V on tensors (p, k): two GEMMs.
 
-    A is computed here and not in the product: inside a `tf.function`, call this before its loop.
+    Where A fits the memory budget it is computed here and not in the product: inside a
+    `tf.function`, call this before its loop.
     """
     head = objective.head
     phi, y, weight = head.tensors
@@ -185,12 +186,20 @@ def _head_product(objective, rows=None):
         phi, y, weight = (tf.gather(t, rows) for t in head.tensors)
     n = tf.shape(phi)[0]
     theta = tf.cast(objective.flatten(objective.tensors), phi.dtype)
-    a = head.tf_curvatures(y, tf.matmul(phi, tf.reshape(theta, (head.d, head.c))))
-    a *= weight[:, None, None] / tf.cast(n, phi.dtype)
+    outputs, share = (
+        tf.matmul(phi, tf.reshape(theta, (head.d, head.c))),
+        weight / tf.cast(n, phi.dtype),
+    )
+    fits = objective.data.affordable(head.bytes_of_curvature) >= (phi.shape[0] or objective.n)
+    a = head.tf_curvatures(y, outputs) if fits else None
+
+    def bend(u):
+        columns = tf.map_fn(partial(head.bend, y, outputs), tf.transpose(u, (2, 0, 1)))
+        return tf.transpose(columns, (1, 2, 0))
 
     def product(vectors):
-        moved = tf.matmul(phi, tf.reshape(vectors, (head.d, -1)))
-        moved = tf.matmul(a, tf.reshape(moved, (n, head.c, -1)))
+        moved = tf.reshape(tf.matmul(phi, tf.reshape(vectors, (head.d, -1))), (n, head.c, -1))
+        moved = (tf.matmul(a, moved) if fits else bend(moved)) * share[:, None, None]
         back = tf.matmul(phi, tf.reshape(moved, (n, -1)), transpose_a=True)
         return tf.reshape(back, tf.shape(vectors)) + head.decay[:, None] * vectors
 
@@ -273,8 +282,8 @@ def _regularised(objective, vectors, one_vector, rows):
 
 def curvature_factors(objective, x, y):
     """Return U_i (m, p, C) and signs S_i (m, C), U_i S_i U_i' = J_i' A_i J_i: shares of n G."""
-    parts = []
-    for xb, yb, _ in objective.data.of(x, y, batch_size=rows_at_once(objective)):
+    parts, size = [], rows_at_once(objective, objective.loss.width)
+    for xb, yb, _ in objective.data.of(x, y, batch_size=size):
         factors, signs = output_factors(objective, xb, yb)
         rows = [pulled(objective, xb, f) for f in tf.unstack(factors, axis=-1)]
         parts.append((np.stack(rows, -1).astype(np.float64), signs.numpy()))

@@ -34,6 +34,7 @@ class ExampleLoss:
         declared, shape = (getattr(model, "outputs", None) or [None])[0], predictions.shape
         middle = getattr(declared, "shape", [None] * len(shape))[1:-1]
         self.predicted = (None, *middle, shape[-1]) if middle else shape
+        self.width = int(np.prod(shape[1:]))  # outputs an example
 
     @property
     def name(self):

@@ -42,7 +42,8 @@ class Removals:
         checks.curvature(objective)
         self.outputs = head.outputs(head.phi, self.theta)
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
-        self.curvature = head.curvatures(head.y, self.outputs) * head.weight[:, None, None]
+        self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])
+        self.curvature *= head.weight[:, None, None]
         self._decay_theta = head.decay * self.theta
         if head.c == 1:
             self._white = self.factor.whiten(head.phi.T)  # (p, n): L^-1 phi_i

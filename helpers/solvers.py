@@ -307,7 +307,7 @@ class CG(Solver):
         which = self.precondition
         if which == "auto":
             o = H.objective
-            cheap = o and not o.head and o.p <= DENSE_LIMIT and is_vectorisable(o)
+            cheap = o and not o.head and o.loss.width <= o.p <= DENSE_LIMIT and is_vectorisable(o)
             which = "gauss_newton" if cheap else None
         if which == "gauss_newton":
             which = gauss_newton_preconditioner(H.objective, self.damping)

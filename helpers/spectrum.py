@@ -116,8 +116,8 @@ def choose_damping(H, *, steps=40, seed=0):
 
 def _is_convex(head, theta):
     """Return whether the loss of every training example bends upwards in the outputs."""
-    blocks = (head.curvatures(b.y, b.outputs(b.phi, theta)) for b in head.blocks())
-    return all(np.linalg.eigvalsh(a).min() >= -1e-12 for a in blocks)
+    parts = (a for block in head.blocks() for _, a in block.curvatures_in_parts(theta))
+    return all(np.linalg.eigvalsh(a).min() >= -1e-12 for a in parts)
 
 
 def estimate_cost(H, columns, *, steps=50):

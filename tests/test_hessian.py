@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -11,8 +12,18 @@ import pytest
 import tensorflow as tf
 from conftest import SOFTMAX
 
-from helpers import GaussNewton, Hessian, Objective, gradients, keras_facts
+from helpers import (
+    CG,
+    GaussNewton,
+    Hessian,
+    Objective,
+    choose_damping,
+    gradients,
+    keras_facts,
+    s_test,
+)
 from helpers.gradients import gradient_dots, per_example_gradients
+from helpers.head import Head
 from helpers.hessian import _gnvp, _hvp
 
 
@@ -227,3 +238,37 @@ def test_memory_of_a_product_does_not_grow_with_the_data(tmp_path):
     added = (200_000 - 20_000) * 256 * 4 / 1e6
     grown = (peak(200_000) - peak(20_000) for _ in range(3))
     assert any(growth <= 0.1 * added for growth in grown)
+
+
+def test_a_head_of_many_outputs_keeps_to_its_memory_budget(monkeypatch):
+    """H, its products and convexity with 50 times fewer curvatures at a time: the same numbers."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 4)), rng.integers(0, 20, 300)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(20, dtype="float64")])
+    options = {"weight_decay": 0.01, "decayed": "all"}
+    whole = Objective(model, SOFTMAX, x, y, **options)
+    small = Objective(model, SOFTMAX, x, y, **options, memory_budget=6 * 64 * 20**2, batch_size=64)
+    seen, curvatures = [], Head.curvatures
+    monkeypatch.setattr(
+        Head, "curvatures", lambda h, y, o: seen.append(len(y)) or curvatures(h, y, o)
+    )
+    v, h = rng.normal(size=(whole.p, 3)), Hessian(whole).dense()
+    seen.clear()
+    np.testing.assert_allclose(Hessian(small).dense(), h, atol=1e-14)
+    np.testing.assert_allclose(Hessian(small) @ v, h @ v, atol=1e-13)
+    np.testing.assert_allclose(small.head.product(small.theta)(v[:, 0]), h @ v[:, 0], atol=1e-13)
+    assert choose_damping(small).value == 0
+    assert seen
+    assert max(seen) == 6
+
+
+def test_images_take_products_and_not_a_gradient_for_every_output(monkeypatch):
+    """A model with 256 outputs and 20 parameters: no Hessian in the outputs is formed."""
+    keras.utils.set_random_seed(0)
+    conv = partial(keras.layers.Conv2D, padding="same", dtype="float64")
+    model = keras.Sequential([keras.Input((16, 16, 1)), conv(1, 3, activation="tanh"), conv(1, 3)])
+    x = np.random.default_rng(0).normal(size=(6, 16, 16, 1))
+    G = GaussNewton(Objective(model, keras.losses.MeanSquaredError(), x, x / 2, weight_decay=0.1))
+    monkeypatch.setattr("helpers.hessian.output_factors", None)
+    np.testing.assert_allclose(G.dense() @ np.eye(20)[0], G @ np.eye(20)[0], atol=1e-12)
+    assert s_test(G.objective, x[:2], x[:2] / 2, CG(1.0)).converged.all()
