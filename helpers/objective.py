@@ -252,10 +252,16 @@ class Objective:
         The layers below are taken as they are at the first use. Data on disk whose features would
         exceed the memory budget are read block by block (`head.StreamedHead`).
         """
-        head = Head.of(self)
-        if "derivatives" not in self.__dict__:  # whatever is computed asks for the head first
-            self.derivatives = checks.probe(self, head)
-        return None if self.derivatives.by_differences else head
+        return None if self.derivatives.by_differences else self._closed_form
+
+    @cached_property
+    def derivatives(self):
+        """What the probe of first and second derivatives found (`checks.Derivatives`)."""
+        return checks.probe(self, self._closed_form)
+
+    @cached_property
+    def _closed_form(self):
+        return Head.of(self)
 
     # ---------------------------------------------------------------- losses
 

@@ -55,6 +55,10 @@ def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
     assert "5 of 5 right-hand sides solved" in run.stdout
     assert "20 removals, 5 test points: r" in run.stdout
     assert re.search(r"most helpful for test 0: \[[ \d]+\]", run.stdout)
+    in_other_forms = re.findall(r"^\[[ \d]+\]$", run.stdout, re.M)  # a frame, tf.data, PyDataset
+    assert len(in_other_forms) == 3
+    assert len(set(in_other_forms)) == 1
+    assert "1 of 1 right-hand sides solved" in run.stdout  # of a text
 
 
 def test_every_exported_name_has_an_example_that_runs(tmp_path):
