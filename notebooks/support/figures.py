@@ -47,10 +47,11 @@ def save(figure, name, profile, **numbers):
     info, dpi = PngInfo(), getattr(figure, "file_dpi", 145)
     info.add_text("shows", "pictures" if shows_pictures(figure) else "plot")
     buffer, small, print_ = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    if not shows_pictures(figure):
-        width, height = figure.get_size_inches()
-        printed = WIDTHS[0] if width < 4.5 else WIDTHS[1]
+    width, height = figure.get_size_inches()
+    plot, printed = not shows_pictures(figure), WIDTHS[0] if width < 4.5 else WIDTHS[1]
+    if plot or width > WIDTHS[1]:
         figure.set_size_inches(printed, height * printed / width)
+    if plot:
         figure.savefig(print_, format="pdf", metadata={"CreationDate": None})  # else it has a date
         stored.write(path.with_suffix(".pdf"), print_.getvalue())
     figure.savefig(buffer, dpi=dpi)
