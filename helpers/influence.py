@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import checks
+from . import checks, keras_facts
 from .gradients import along, blocks_of_dots, by_differences, per_example_gradients, sum_of_products
 from .hessian import as_operator
 from .linalg import Factor, damped
@@ -159,35 +159,50 @@ def influence_wrt_input(objective, s, x, y):
     """Return d(s . grad loss(z_i)) / d x_i of each given example, nested and shaped like x.
 
     Koh & Liang 2017, section 2.2: I_pert,loss up to its sign. A step of x_i along this makes the
-    example more helpful for the test point of `s`, a step against it more harmful. Inputs that are
-    integers or text have no gradient: None beside others, ValueError alone. s : (p,).
+    example more helpful for the test point of `s`, a step against it more harmful. s : (p,).
+
+    Integers and texts have no gradient: None beside other inputs, ValueError alone. But where one
+    input is of this kind and the model has one Embedding, that of the Embedding's output stands
+    there, (m, steps, width).
     """
     s = _columns(objective, s)
     if s.shape[1] != 1:
         raise ValueError(f"s has {s.shape[1]} columns: pass that of one test point.")
     s, (x, y) = tf.constant(s[:, 0], objective.dtype), objective.examples(x, y)
     real = [a.dtype.kind == "f" for a in keras.tree.flatten(x)]
+    if real.count(False) == 1 and len(_embeddings(objective)) == 1:
+        real = [True] * len(real)
     if not any(real):
         raise ValueError(
-            "influence_wrt_input needs real-valued inputs: integers have no gradient. For text "
-            "take the output of the embedding as input."
+            "influence_wrt_input needs real-valued inputs: integers and texts have no gradient, "
+            "unless the model has one Embedding and one such input."
         )
     parts = [_input_gradients(objective, s, xb, yb) for xb, yb, _ in objective.data.of(x, y)]
     every = (np.concatenate(part) for part in zip(*parts, strict=True))
     return keras.tree.pack_sequence_as(x, [next(every) if r else None for r in real])
 
 
+def _embeddings(objective):
+    """Return the Embedding layers of a model that is differentiated twice."""
+    layers = [] if by_differences(objective) else keras_facts.all_layers(objective.model)
+    return [layer for layer in layers if isinstance(layer, keras.layers.Embedding)]
+
+
 @compiled
 def _input_gradients(objective, s, x, y):
-    real = [a for a in keras.tree.flatten(x) if a.dtype.is_floating]
+    inputs, embeddings, seen = keras.tree.flatten(x), _embeddings(objective), {}
+    real = [a for a in inputs if a.dtype.is_floating]
     if by_differences(objective):
         return [along(objective, s, partial(_slope_of_input, objective, x, y, a)) for a in real]
     parts, none = objective.unflatten(s), tf.UnconnectedGradients.ZERO
     with tf.GradientTape() as outer:
         outer.watch(real)
-        with tf.GradientTape() as inner:
+        with tf.GradientTape() as inner, keras_facts.tapped(embeddings, seen):
             loss = tf.reduce_sum(objective.loss(x, y))
         dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
+    if len(inputs) - len(real) == len(embeddings) == 1:
+        ((_, _, embedded),) = seen[embeddings[0]]
+        real = [a if a.dtype.is_floating else embedded for a in inputs]
     return outer.gradient(dot, real, unconnected_gradients=none)
 
 

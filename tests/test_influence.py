@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import BINARY, Problem, ridge
+from conftest import BINARY, SOFTMAX, Problem, ridge
 
 from helpers import (
     CG,
@@ -206,3 +206,24 @@ def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):
         assert np.linalg.norm(solution.x - expected) <= 1e-4 * np.linalg.norm(expected)
     h = Hessian(objective).dense()
     assert np.linalg.norm(GaussNewton(objective).dense() - h) > 0.01 * np.linalg.norm(h)
+
+
+def test_influence_wrt_tokens_is_that_of_what_the_embedding_makes_of_them():
+    """The oracle adds a real input, zero, to the embedding's output, and asks for its influence."""
+    rng, layers = np.random.default_rng(0), keras.layers
+    tokens, y = rng.integers(0, 7, (20, 5)), rng.integers(0, 3, 20)
+    embedding = layers.Embedding(7, 4, mask_zero=True)
+    recurrent, dense = layers.LSTM(3), layers.Dense(3)
+    steps = keras.Input((5,), dtype="int32")
+    model = keras.Model(steps, dense(recurrent(embedding(steps))))
+    moved = keras.Input((5, 4))
+    mask = embedding.compute_mask(steps)
+    read = recurrent(layers.Add()([embedding(steps), moved]), mask=mask)
+    other = Objective(
+        keras.Model([steps, moved], dense(read)), SOFTMAX, [tokens, np.zeros((20, 5, 4))], y
+    )
+    objective, s = Objective(model, SOFTMAX, tokens, y), rng.normal(size=other.p)
+    found = influence_wrt_input(objective, s, tokens[:3], y[:3])
+    _, expected = influence_wrt_input(other, s, [tokens[:3], np.zeros((3, 5, 4))], y[:3])
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(found, expected, atol=1e-12)
