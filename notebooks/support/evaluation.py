@@ -103,6 +103,14 @@ class Mean(NamedTuple):
         return f"{self.mean:.3f} ± {self.half:.3f}"
 
 
+class Area(Mean):
+    """A Mean of areas under ROC curves, whose interval ends at 1."""
+
+    @property
+    def interval(self):
+        return [max(0.0, self.mean - self.half), min(1.0, self.mean + self.half)]
+
+
 def mean_of(values):
     """Return the Mean of the repetitions (k,) of a measurement; one alone has no interval."""
     values = np.asarray(values, float)
@@ -191,12 +199,12 @@ def detection(scores, wanted, shares):
 
 
 def auc_of(scores, wanted):
-    """Return the Mean AUC of k rankings, scores (k, n), of what is `wanted` (k, n) bool.
+    """Return the mean Area of k rankings, scores (k, n), of what is `wanted` (k, n) bool.
 
     The interval is DeLong's (1988): over the n points, the rankings taken as independent draws.
     """
     areas, variances = zip(*map(_delong, np.asarray(scores), np.asarray(wanted)), strict=True)
-    return Mean(float(np.mean(areas)), float(1.96 * np.sqrt(np.mean(variances) / len(areas))))
+    return Area(float(np.mean(areas)), float(1.96 * np.sqrt(np.mean(variances) / len(areas))))
 
 
 def _delong(scores, wanted):
