@@ -29,7 +29,9 @@ def test_gpu_and_cpu_are_held_against_float64(monkeypatch, tmp_path):
     monkeypatch.setattr("tasks.load", lambda task: None)
     (tmp_path / "figures" / "benchmark").mkdir(parents=True)
     gpu.main()
-    record = json.loads((tmp_path / "figures" / "benchmark" / "gpu.json").read_text("utf-8"))
+    record = json.loads(
+        (tmp_path / "figures" / "benchmark" / "gpu.json").read_text(encoding="utf-8")
+    )
     assert record["card"] == "a card"
     assert [row["task"] for row in record["rows"][:-2:2]] == ["t1", "t3", "t4"]
     assert [row["error"] for row in record["rows"][-2:]] == pytest.approx([0.01, 0.0])
