@@ -186,10 +186,8 @@ def _head_product(objective, rows=None):
         phi, y, weight = (tf.gather(t, rows) for t in head.tensors)
     n = tf.shape(phi)[0]
     theta = tf.cast(objective.flatten(objective.tensors), phi.dtype)
-    outputs, share = (
-        tf.matmul(phi, tf.reshape(theta, (head.d, head.c))),
-        weight / tf.cast(n, phi.dtype),
-    )
+    outputs = tf.matmul(phi, tf.reshape(theta, (head.d, head.c)))
+    share = weight / tf.cast(n, phi.dtype)
     fits = objective.data.affordable(head.bytes_of_curvature) >= (phi.shape[0] or objective.n)
     a = head.tf_curvatures(y, outputs) if fits else None
 

@@ -201,7 +201,9 @@ def _input_gradients(objective, s, x, y):
             loss = tf.reduce_sum(objective.loss(x, y))
         dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
     if len(inputs) - len(real) == len(embeddings) == 1:
-        ((_, _, embedded),) = seen[embeddings[0]]
+        *more, (_, _, embedded) = seen[embeddings[0]]
+        if more:
+            raise ValueError("The Embedding is called more than once: no one output is its own.")
         real = [a if a.dtype.is_floating else embedded for a in inputs]
     return outer.gradient(dot, real, unconnected_gradients=none)
 

@@ -183,6 +183,10 @@ def test_damage_is_mended_and_pictures_of_one_s_own_are_left_alone(web):
     (web.data / "airplane_car" / "airplane" / "mine.jpg").write_bytes(b"mine")
     assert fetch.main(["vehicles"]) == 0
     assert files_of(web.data / "airplane_car") == ["airplane/mine.jpg"]
+    (web.data / "dog_fish" / "dog" / "mine.jpg").write_bytes(b"mine")
+    damaged[0].write_bytes(b"x")  # a folder that one has added to is one's own, damage and all
+    assert fetch.main(["dog_fish"]) == 0
+    assert (web.data / "dog_fish" / "dog" / "mine.jpg").read_bytes() == b"mine"
 
 
 def test_contents_are_looked_at_where_there_is_no_checksum(web, monkeypatch, capsys):

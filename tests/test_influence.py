@@ -208,7 +208,8 @@ def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):
     assert np.linalg.norm(GaussNewton(objective).dense() - h) > 0.01 * np.linalg.norm(h)
 
 
-def test_influence_wrt_tokens_is_that_of_what_the_embedding_makes_of_them():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_influence_wrt_tokens_is_that_of_what_the_embedding_makes_of_them(frozen):
     """The oracle adds a real input, zero, to the embedding's output, and asks for its influence."""
     rng, layers = np.random.default_rng(0), keras.layers
     tokens, y = rng.integers(0, 7, (20, 5)), rng.integers(0, 3, 20)
@@ -216,6 +217,7 @@ def test_influence_wrt_tokens_is_that_of_what_the_embedding_makes_of_them():
     recurrent, dense = layers.LSTM(3), layers.Dense(3)
     steps = keras.Input((5,), dtype="int32")
     model = keras.Model(steps, dense(recurrent(embedding(steps))))
+    embedding.trainable = not frozen
     moved = keras.Input((5, 4))
     mask = embedding.compute_mask(steps)
     read = recurrent(layers.Add()([embedding(steps), moved]), mask=mask)

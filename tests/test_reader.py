@@ -15,6 +15,15 @@ from support.stored import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def run(*arguments, cwd):
+    """Return what Python printed in a folder, without a GPU."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_every_link_and_every_target_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert len(links) > 20
@@ -43,22 +52,15 @@ def test_the_code_for_your_own_model_runs_as_it_stands(name, tmp_path):
     assert len([line for line in first.splitlines() if line]) <= 16
     if name != "helpers":
         shutil.copytree(ROOT / "helpers", tmp_path / name)
-    run = subprocess.run(
-        [sys.executable, "-c", "".join([first, *then]).replace("from helpers", f"from {name}")],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "5 of 5 right-hand sides solved" in run.stdout
-    assert "20 removals, 5 test points: r" in run.stdout
-    assert re.search(r"most helpful for test 0: \[[ \d]+\]", run.stdout)
-    in_other_forms = re.findall(r"^\[[ \d]+\]$", run.stdout, re.M)  # a frame, tf.data, PyDataset
+    code = "".join([first, *then]).replace("from helpers", f"from {name}")
+    printed = run("-c", code, cwd=tmp_path)
+    assert "5 of 5 right-hand sides solved" in printed
+    assert "20 removals, 5 test points: r" in printed
+    assert re.search(r"most helpful for test 0: \[[ \d]+\]", printed)
+    in_other_forms = re.findall(r"^\[[ \d]+\]$", printed, re.M)  # a frame, tf.data, PyDataset
     assert len(in_other_forms) == 3
     assert len(set(in_other_forms)) == 1
-    assert "1 of 1 right-hand sides solved" in run.stdout  # of a text
+    assert "1 of 1 right-hand sides solved" in printed  # of a text
 
 
 def test_every_exported_name_has_an_example_that_runs(tmp_path):
@@ -69,14 +71,6 @@ def test_every_exported_name_has_an_example_that_runs(tmp_path):
         assert f"from helpers import {name}\n" in section
         assert re.search(rf"[^`]\b{name}\(", section.partition("import ")[2]), name
     code = "".join(re.findall(r"```python\n(.*?)```", text, re.S))
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "300 examples" in run.stdout
-    assert "NOT CONVERGED" not in run.stdout
+    printed = run("-W", "error::UserWarning", "-c", code, cwd=tmp_path)
+    assert "300 examples" in printed
+    assert "NOT CONVERGED" not in printed

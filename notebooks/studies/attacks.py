@@ -313,10 +313,8 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
     drawn = "random order of the test pictures that the clean head names correctly"
     about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
-    record, parts = (
-        Record(name, profile, about, attacker),
-        list(zip(counts, (2, 5, 6), strict=True)),
-    )
+    record = Record(name, profile, about, attacker)
+    parts = list(zip(counts, (2, 5, 6), strict=True))
     for count, stop in (parts[::-1] if better else parts) if go_on else ():
         known, names = record.known(tests), tuple(SUBSETS)[:stop]
 

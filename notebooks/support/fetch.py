@@ -198,7 +198,7 @@ def print_states():
 
 
 def state(source):
-    """Return "there" (and right), "yours" (pictures that were not fetched here) or "to fetch"."""
+    """Return "there" (and right), "yours" (with pictures not fetched here) or "to fetch"."""
     path = source.path
     if not path.exists():
         return "to fetch"
@@ -208,6 +208,9 @@ def state(source):
             sums = zip(table["file"], table["fetched_sha256"], strict=True)
         except (OSError, KeyError, ValueError):
             return "yours"
+        files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+        if files - {*table["file"], "manifest.csv"}:
+            return "yours"  # somebody has added to what was fetched
         right = all(datasets.checksum(path / file) == known for file, known in sums)
         return "there" if right else "to fetch"
     try:

@@ -384,6 +384,7 @@ def main(arguments=None):
     if not only_copy:
         if profile != "demo":
             print(f"data root: {root}")
+        if profile == "real":
             fetch.print_states()
         if run_jobs(profile, jobs, at_once):
             return 1
