@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import keras_facts
-from .gradients import map_rows
+from .gradients import map_rows, opened, patches
 from .hessian import output_factors
 from .objective import compiled
 from .solvers import Solver
@@ -119,39 +119,26 @@ def _passes(objective, x, y):
 
     T positions: 1 for a Dense layer on vectors. One forward pass, one backward pass a column of F.
     """
-    blocks, seen = _blocks(objective), {}
-    layers = [block.layer for block in blocks]
-    with tf.GradientTape(persistent=True) as tape:
-        with keras_facts.tapped(layers, seen):
-            outputs = objective.loss.outputs(x)
-        calls = [seen.get(block.layer, []) for block in blocks]
-        if any(len(call) != 1 for call in calls):
-            names = [b.layer.name for b, c in zip(blocks, calls, strict=True) if len(c) != 1]
-            raise ValueError(f"EK-FAC needs each layer used exactly once; {names} are not.")
-    rows = tf.shape(outputs)[0]
-    inputs, befores, _ = zip(*(call[0] for call in calls), strict=True)
-    widths = [int(np.prod(before.shape[1:])) for before in befores]
+    blocks = _blocks(objective)
+    inputs, befores, back = opened(objective, x, [block.layer for block in blocks])
+    rows, widths = tf.shape(inputs[0])[0], [int(np.prod(b.shape[1:])) for b in befores]
 
     def pulled(direction):
-        gradients = tape.gradient(outputs, befores, tf.reshape(direction, tf.shape(outputs)))
-        return tf.concat([tf.reshape(g, (rows, -1)) for g in gradients], 1)
+        return tf.concat([tf.reshape(g, (rows, -1)) for g in back(direction)], 1)
 
     factors, signs = output_factors.graph(objective, x, y)
     factors *= tf.maximum(signs, 0)[:, None, :]  # EK-FAC has no negative eigenvalue
     columns = tf.transpose(factors, (2, 0, 1))
     parts = tf.split(map_rows(objective, pulled, columns), widths, axis=2)
     for block, a, g in zip(blocks, inputs, parts, strict=True):
-        o = block.where.shape[1]
-        yield _patches(block, a, rows), tf.reshape(g, (tf.shape(g)[0], rows, -1, o))
+        g = tf.reshape(g, (tf.shape(g)[0], rows, -1, block.where.shape[1]))
+        yield _with_ones(block, patches(block.layer, a)), g
 
 
-def _patches(block, a, rows):
-    layer, d = block.layer, block.where.shape[0]
-    if type(layer) is keras.layers.Conv2D:
-        numbers = ([1, *n, 1] for n in (layer.kernel_size, layer.strides, layer.dilation_rate))
-        a = tf.image.extract_patches(a, *numbers, layer.padding.upper())
-    a = tf.reshape(a, (rows, int(np.prod(a.shape[1:-1])), a.shape[-1]))
-    return a if a.shape[-1] == d else tf.concat([a, tf.ones_like(a[..., :1])], 2)
+def _with_ones(block, a):
+    """Return inputs (b, T, d) with the one that a bias multiplies, where the layer has a bias."""
+    bias = a.shape[-1] < block.where.shape[0]
+    return tf.concat([a, tf.ones_like(a[..., :1])], 2) if bias else a
 
 
 @compiled

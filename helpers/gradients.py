@@ -1,13 +1,13 @@
 """First derivatives of every example's loss: rows of gradients, and their products with vectors.
 
-For a last Dense layer they are closed forms (`helpers.head`); every other model takes paths that
-work for any Keras layer. Layers known to survive `tf.vectorized_map` get their b examples, or
-their k columns, in one batched graph; others (recurrent layers, attention, custom layers) get a
-loop that gives the same numbers.
+For a last Dense layer they are closed forms (`helpers.head`). Other models get their rows layer by
+layer: one pass forward and one back for the whole batch, then the products of what went into a
+layer and what came back to it, example by example. Where that is not possible (recurrent layers,
+attention, shared variables), an example at a time: in one batched graph where all layers are known
+to survive `tf.vectorized_map`, else in a loop. All of them give the same numbers.
 """
 
 from functools import partial
-from operator import itemgetter
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ from . import keras_facts
 from .linalg import gemm
 from .objective import compiled
 
-XLA_ROWS = 100  # below that many examples, compiling costs more than it saves
+LAYERS = "layer by layer"  # the note on an objective: False, True, or "checked"
 
 
 def by_differences(objective):
@@ -98,37 +98,102 @@ def rows_at_once(objective, width=0):
 def pulled(objective, x, directions):
     """Return J_i' direction_i as rows (b, p), for directions (b, C) in the flat outputs.
 
-    Many examples of a model with convolutions run under XLA, where their gradients are an order of
-    magnitude faster, after a guard has compared the first ones with what no graph gives: XLA gives
-    wrong second derivatives through max-pooling on a CPU, so it is believed where it was checked.
+    Layer by layer where that is possible and, at the first use, found to be right.
     """
-    cache = objective.compiled
-    if len(directions) < XLA_ROWS or not (
-        is_vectorisable(objective) and has_convolution(objective)
-    ):
-        return _example_gradients(objective, x, directions).numpy()
-    if "XLA" not in cache:
-        plain = partial(_example_gradients.graph, objective)
-        cache["XLA"] = keras_facts.traced(plain, jit_compile=True)
-        few = [keras.tree.map_structure(itemgetter(i), (x, directions)) for i in range(8)]
-        expected = np.stack([_example_gradient(objective, each) for each in few])
+    known, key = objective.compiled, LAYERS
+    if known.setdefault(key, _layers(objective) is not None):
         try:
-            cache["XLA agrees"] = agrees(cache["XLA"](x, directions).numpy()[:8], expected)
-        except tf.errors.OpError:  # XLA has no kernel for one of the layers
-            cache["XLA agrees"] = False
-    fast = cache["XLA"] if cache["XLA agrees"] else partial(_example_gradients, objective)
-    return fast(x, directions).numpy()
+            rows = _rows_by_layers(objective, x, directions).numpy()
+            if known[key] is True:  # which takes two examples to be found out
+                found = _is_right(objective, x, directions, rows)
+                known[key] = "checked" if found and len(rows) > 1 else found
+            if known[key]:
+                return rows
+        except (TypeError, ValueError, tf.errors.OpError):  # a layer was not called as it seems
+            known[key] = False
+    return _example_gradients(objective, x, directions).numpy()
 
 
-def agrees(got, expected):
-    """Return whether two results differ by no more than 100 roundings of their type."""
-    scale = np.abs(expected).max(initial=0)
-    return bool(np.abs(got - expected).max(initial=0) <= 100 * np.finfo(got.dtype).eps * scale)
+def _layers(objective):
+    """Return the layers that hold the selected parameters, if their rows have a known form."""
+    owners = {id(v): la for la in keras_facts.leaves(objective.model) for v in la.weights}
+    found = list(dict.fromkeys(owners.get(id(v)) for v in objective.variables))
+    return found if all(keras_facts.is_known(layer) for layer in found) else None
 
 
-def has_convolution(objective):
-    """Return whether the model convolves: the case that XLA speeds up."""
-    return any("Conv" in type(la).__name__ for la in keras_facts.all_layers(objective.model))
+def has_rows(objective):
+    """Return whether the gradients of many examples are cheap: not one pass for each of them."""
+    known = objective.compiled.get(LAYERS, _layers(objective) is not None)
+    return bool(known) or is_vectorisable(objective)
+
+
+def _is_right(objective, x, directions, rows, k=4):
+    """Return whether the first rows, with weights of their own, sum to an ordinary gradient."""
+    weights = np.sqrt(np.arange(1, 1 + len(rows[:k]), dtype=rows.dtype))
+    x, directions = keras.tree.map_structure(lambda a: a[:k], (x, directions))
+    expected = _gradient_along(objective, x, directions * weights[:, None]).numpy()
+    scale = np.finfo(rows.dtype).eps * (np.abs(rows[:k]).max(initial=0) + np.abs(expected).max())
+    return bool(np.abs(weights @ rows[:k] - expected).max() <= 100 * scale)
+
+
+def opened(objective, x, layers):
+    """Return what goes into each layer, what it makes, and the way back to that from the outputs.
+
+    What it makes is before its activation; the way back takes directions (b, C) in the flat
+    outputs to those in what each layer makes.
+    """
+    seen = {}
+    with tf.GradientTape(persistent=True) as tape, keras_facts.tapped(layers, seen):
+        outputs = objective.loss.outputs(x)
+    wrong = [layer.name for layer in layers if len(seen.get(layer, ())) != 1]
+    if wrong:
+        raise ValueError(f"Each layer must be used exactly once; {wrong} are not.")
+    inputs, befores, _ = zip(*(seen[layer][0] for layer in layers), strict=True)
+
+    def back(directions):
+        directions = tf.reshape(directions, tf.shape(outputs))
+        return tape.gradient(outputs, befores, directions, tf.UnconnectedGradients.ZERO)
+
+    return inputs, befores, back
+
+
+@compiled
+def _rows_by_layers(objective, x, directions):
+    layers, rows = _layers(objective), {}
+    inputs, _, back = opened(objective, x, layers)
+    for layer, a, g in zip(layers, inputs, back(directions), strict=True):
+        rows |= _rows_of_layer(layer, a, g)
+    parts = [tf.cast(rows[id(v)], objective.dtype) for v in objective.variables]
+    return tf.concat([tf.reshape(part, (tf.shape(directions)[0], -1)) for part in parts], 1)
+
+
+def _rows_of_layer(layer, a, g):
+    """Return {id(variable): rows (b, ...)} from a layer's inputs a and directions g in outputs."""
+    if type(layer) in (keras.layers.Dense, keras.layers.Conv2D):
+        a, g = patches(layer, a), tf.reshape(g, (tf.shape(g)[0], -1, g.shape[-1]))
+        return {
+            id(layer.kernel): tf.matmul(a, g, transpose_a=True),
+            id(layer.bias): tf.reduce_sum(g, 1),
+        }
+    variables = layer.trainable_variables
+
+    def one_example(example):
+        a, g = keras.tree.map_structure(lambda t: t[None], example)
+        with tf.GradientTape() as tape:
+            dot = tf.reduce_sum(layer.call(a) * g)
+        return [tf.convert_to_tensor(t) for t in tape.gradient(dot, [v.value for v in variables])]
+
+    rows = tf.vectorized_map(one_example, (a, g))
+    return {id(v): part for v, part in zip(variables, rows, strict=True)}
+
+
+def patches(layer, a):
+    """Return the inputs of a Dense layer, or the patches of a Conv2D, (b, T positions, d)."""
+    if type(layer) is keras.layers.Conv2D:
+        numbers = ([1, *n, 1] for n in (layer.kernel_size, layer.strides, layer.dilation_rate))
+        a = tf.image.extract_patches(a, *numbers, layer.padding.upper())
+    positions = -1 if None in a.shape[1:-1] else int(np.prod(a.shape[1:-1]))
+    return tf.reshape(a, (tf.shape(a)[0], positions, a.shape[-1]))
 
 
 @compiled
@@ -140,9 +205,14 @@ def _example_gradients(objective, x, directions):
 
 
 def _example_gradient(objective, example):
-    x, direction = keras.tree.map_structure(lambda a: a[None], example)
+    return _gradient_along(objective, *keras.tree.map_structure(lambda a: a[None], example))
+
+
+def _gradient_along(objective, x, directions):
+    """Return the sum of J_i' direction_i over a batch, (p,)."""
     with tf.GradientTape() as tape:
-        dot = tf.reduce_sum(tf.reshape(objective.loss.outputs(x), [1, -1]) * direction)
+        outputs = objective.loss.outputs(x)
+        dot = tf.reduce_sum(tf.reshape(outputs, tf.shape(directions)) * directions)
     return objective.flatten(tape.gradient(dot, objective.tensors))
 
 
@@ -160,8 +230,7 @@ def gradient_dots(objective, vectors):
     """Return w_i grad loss_i . v_j for every training example and column of `vectors`, (k, n).
 
     One or a few columns: the derivative of u -> grad(sum_i u_i loss_i) . v in u, one pass a column,
-    never n gradients. Many columns: per-example gradients a batch at a time and a GEMM, which pays
-    from a few columns on where XLA makes those gradients cheap.
+    never n gradients. Many columns: per-example gradients a batch at a time and a GEMM.
     """
     return np.concatenate(list(blocks_of_dots(objective, vectors)), axis=1)
 
@@ -177,9 +246,13 @@ def blocks_of_dots(objective, vectors):
     if data.strategy is not None:
         yield _dots_of_shares(objective, columns).numpy().T.astype(np.float64)
         return
-    k, vectorisable = vectors.shape[1], is_vectorisable(objective)
-    many = vectorisable and k > (4 if has_convolution(objective) else 64)
-    rows = rows_at_once(objective) if many else data.rows_for(k if vectorisable else 1)
+    k, itemsize = vectors.shape[1], tf.as_dtype(objective.dtype).size
+    # rows are p numbers an example to write; each column without them is a pass through the layers
+    dear = 8 * itemsize * objective.p / max(1, data.bytes_an_example)
+    many = has_rows(objective) and k > min(64, dear)
+    rows = (
+        rows_at_once(objective) if many else data.rows_for(k if is_vectorisable(objective) else 1)
+    )
     for x, y, weight in data.each(rows):
         if many:
             gradients = _loss_gradients(objective, x, y)

@@ -18,6 +18,7 @@ from . import keras_facts
 from .gradients import (
     along,
     by_differences,
+    has_rows,
     is_vectorisable,
     map_rows,
     pulled,
@@ -152,7 +153,7 @@ class GaussNewton(Hessian):
         if objective.head:
             return objective.head.hessian(objective.theta)
         total = np.zeros((objective.p, objective.p))
-        if objective.loss.width > objective.p or not is_vectorisable(objective):
+        if objective.loss.width > objective.p or not has_rows(objective):
             for columns, identity in _identity(objective, range(objective.p)):
                 total[:, columns] = self @ identity.numpy()
             return (total + total.T) / 2

@@ -290,14 +290,22 @@ def all_layers(model):
     return list(model._flatten_layers())
 
 
+def leaves(model):
+    """Return the layers of a model that hold no other layer."""
+    return [la for la in all_layers(model) if len(list(la._flatten_layers())) == 1]
+
+
+def is_known(layer):
+    """Return whether a layer is known to survive `tf.vectorized_map`, twice differentiated."""
+    plain = not getattr(layer, "lora_enabled", False) and getattr(layer, "groups", 1) == 1
+    channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
+    return type(layer).__name__ in VECTORISABLE and plain and channels_last
+
+
 def is_vectorisable(model):
-    """Return whether every layer is known to survive `tf.vectorized_map`, twice differentiated."""
+    """Return whether every layer of a model is known."""
     containers = (keras.Sequential, Functional)
-    return all(
-        (type(la).__name__ in VECTORISABLE and getattr(la, "groups", 1) == 1)
-        or isinstance(la, containers)
-        for la in all_layers(model)
-    )
+    return all(is_known(la) or isinstance(la, containers) for la in all_layers(model))
 
 
 def bytes_an_example(model, x, dtype):

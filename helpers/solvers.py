@@ -20,7 +20,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from . import checks
-from .gradients import by_differences, is_vectorisable
+from .gradients import by_differences, has_rows
 from .hessian import GaussNewton, as_operator
 from .keras_facts import traced
 from .linalg import Factor, damped
@@ -307,7 +307,7 @@ class CG(Solver):
         which = self.precondition
         if which == "auto":
             o = H.objective
-            cheap = o and not o.head and o.loss.width <= o.p <= DENSE_LIMIT and is_vectorisable(o)
+            cheap = o and not o.head and o.loss.width <= o.p <= DENSE_LIMIT and has_rows(o)
             which = "gauss_newton" if cheap else None
         if which == "gauss_newton":
             which = gauss_newton_preconditioner(H.objective, self.damping)

@@ -3,7 +3,7 @@
 Every measurement is a process of its own, on the GPU and then on the CPU, and is held against
 float64 on the CPU: the references of `tasks.py`, and for Inception-v3 (21.8 million parameters, 16
 pictures of 96 pixels, random weights and pictures) the same products of its Gauss-Newton matrix.
-Float32 products keep full precision (TensorFloat-32 is off); XLA is used where `helpers` does;
+Float32 products keep full precision (TensorFloat-32 is off); XLA is not used;
 sums are not forced into one order. Writes figures/benchmark/gpu.json; without a GPU it says so.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(Path(__file__).parent)]
-COLUMNS, SETTINGS = 4, {"TensorFloat-32": False, "op determinism": False, "XLA": "as in helpers"}
+COLUMNS, SETTINGS = 4, {"TensorFloat-32": False, "op determinism": False, "XLA": False}
 ON = {"GPU": {"NVIDIA_TF32_OVERRIDE": "0"}, "CPU": {"CUDA_VISIBLE_DEVICES": "-1"}}
 
 
