@@ -13,7 +13,7 @@ from helpers import CG, Cholesky, predicted_loss_change, s_test
 tf.get_logger().setLevel("ERROR")
 
 
-def prepare(method, task, data):
+def prepare(method, task, data, rtol=1e-3):
     """Return a callable () -> predicted loss changes (m, n), and its settings in words."""
     library, kind, *dtype = method.split()
     dtype = dtype[0] if dtype else "float32"
@@ -25,7 +25,7 @@ def prepare(method, task, data):
     if library == "naive":
         return naive(objective, x, y, data, kind)
     damping = float(data["damping"])
-    solver = CG(damping, rtol=1e-3) if kind == "cg" else Cholesky(damping)
+    solver = CG(damping, rtol=float(rtol)) if kind == "cg" else Cholesky(damping)
 
     def run():
         return predicted_loss_change(objective, s_test(objective, x, y, solver))

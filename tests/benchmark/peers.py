@@ -72,12 +72,12 @@ def build(task, data, dtype):
     return model, x, y, xt, yt
 
 
-def prepare(method, task, data, dtype=torch.float32):
+def prepare(method, task, data, steps=None, dtype=torch.float32):
     """Return a callable () -> predicted loss changes (m, n), and its settings in words."""
     library, kind = method.split()
     model, x, y, xt, yt = build(task, data, dtype)
     ridge = float(data["weight_decay"]) + float(data["damping"])
-    steps = int(data.get("cg_steps", 0))
+    steps = int(steps or data.get("cg_steps", 0))
     function = {"dattri": dattri, "pyDVL": pydvl, "captum": captum, "kronfluence": kronfluence}
     scores, settings = function[library](kind, model, x, y, xt, yt, ridge, steps)
     return lambda: scores().astype(np.float64) / len(x), settings
@@ -118,7 +118,7 @@ def pydvl(kind, model, x, y, xt, yt, ridge, steps):
             a = influences.DirectInfluence(model, functional.cross_entropy, regularization=ridge)
         else:
             a = influences.CgInfluence(
-                model, functional.cross_entropy, regularization=ridge, rtol=1e-3, atol=1e-8,
+                model, functional.cross_entropy, regularization=ridge, rtol=1e-8, atol=1e-12,
                 maxiter=steps, solve_simultaneously=True, warn_on_max_iteration=False,
             )  # fmt: skip
         return a.fit(train).influences(xt, yt, x, y).detach().numpy()
@@ -208,5 +208,5 @@ def kronfluence(kind, model, x, y, xt, yt, ridge, steps):
 
 if __name__ == "__main__":  # peers.py METHOD TASK DATA.npz CHANGES.npy, in float64
     with np.load(sys.argv[3]) as stored:
-        run, _ = prepare(*sys.argv[1:3], dict(stored), torch.float64)
+        run, _ = prepare(*sys.argv[1:3], dict(stored), dtype=torch.float64)
     np.save(sys.argv[4], run())
