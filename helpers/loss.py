@@ -45,6 +45,15 @@ class ExampleLoss:
         """The function that a Keras loss wraps, or None for a class of the user's own."""
         return keras_facts.function_of(self.object)
 
+    @property
+    def is_cross_entropy(self):
+        """Whether this is a cross-entropy of logits, which is convex in `outputs`.
+
+        Not where a softmax or sigmoid is taken twice, by the model and by `from_logits=True`.
+        """
+        known = self.function in keras_facts.OF_LOGITS
+        return known and self.object.get_config()["from_logits"] == (self.activation is None)
+
     def __call__(self, x, y):
         """Return the loss of each example of a batch, (b,), in nats for cross-entropies."""
         return self.of_outputs(y, self.outputs(x))
@@ -137,7 +146,7 @@ class ExampleLoss:
 
     def _is_convex(self, x, y):
         """Return whether the loss is convex in the logits: of some losses known, else measured."""
-        if self.function in keras_facts.OF_LOGITS:
+        if self.is_cross_entropy:
             return True
         logits = self.outputs(x)
         rng, shape = np.random.default_rng(0), logits.shape

@@ -141,6 +141,37 @@ def scaling():
     return rows
 
 
+def classes():
+    """Return seconds of ours over C, the classes of a softmax head (n 2,000, d 64, m 10)."""
+    import tasks
+
+    tasks.keras.config.set_dtype_policy("float64")
+    rng, rows = np.random.default_rng(0), []
+    x = rng.normal(size=(2000, 64))
+    for c in (3, 10, 100, 1000):
+        y = rng.integers(0, c, 2000)
+        model = tasks.models.linear_head(64, c)
+        model.layers[-1].kernel.assign(0.1 * rng.normal(size=(64, c)))
+        objective = tasks.Objective(model, tasks.LOSSES["t3"], x, y, weight_decay=0.01)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            predicted_loss_change(objective, s_test(objective, x[:10], y[:10]))
+            times.append(time.perf_counter() - started)
+        found = {"ours, first call": times[0], "ours": float(np.median(times[1:]))}
+        rows += [{"axis": "C", "value": c, "method": k, "seconds": s} for k, s in found.items()]
+    return rows
+
+
+def slopes(rows):
+    """Return the slope of log seconds in log value over the last step of each axis, of ours."""
+    found = {}
+    for axis, part in pd.DataFrame(rows).query("method == 'ours'").groupby("axis"):
+        last = part.sort_values("value").tail(2)
+        found[axis] = float(np.diff(np.log(last["seconds"]))[0] / np.diff(np.log(last["value"]))[0])
+    return found
+
+
 def together():
     """Return the time ratios of many right-hand sides on the softmax head of the digits, p 640.
 
@@ -278,8 +309,9 @@ def draw(rows, path):
     """Write the log-log picture of cost against n, d and m."""
     table = pd.DataFrame(rows)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
     labels = {"n": "n training points", "d": "p = d features", "m": "m test points"}
+    labels |= {"C": "C classes, p = 64 C (m 10)"}
     for panel, (axis, label) in zip(axes, labels.items(), strict=True):
         for name, part in table[table["axis"] == axis].groupby("method", sort=False):
             panel.plot(part["value"], part["seconds"], "o-", label=name)
@@ -420,7 +452,7 @@ def main():
     print("\n" + markdown(rows, ratios, fits, left_out, machine))
     if options.quick:
         return
-    swept = scaling()
+    swept = scaling() + classes()
     draw(swept, folder / "benchmark.png")
     draw_errors(rows, folder / "error.png")
     page, lines = ROOT / "README.md", readme_table(rows)
@@ -438,6 +470,7 @@ def main():
         "refits": fits,
         "leave one out": left_out,
         "scaling": swept,
+        "slopes": slopes(swept),
     }
     (folder / "benchmark.json").write_text(
         json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8"
