@@ -49,10 +49,10 @@ class ExampleLoss:
     def is_cross_entropy(self):
         """Whether this is a cross-entropy of logits, which is convex in `outputs`.
 
-        Not where a softmax or sigmoid is taken twice, by the model and by `from_logits=True`.
+        Keras takes the logits of a last softmax or sigmoid whatever `from_logits` says.
         """
         known = self.function in keras_facts.OF_LOGITS
-        return known and self.object.get_config()["from_logits"] == (self.activation is None)
+        return known and bool(self.activation or self.object.get_config()["from_logits"])
 
     def __call__(self, x, y):
         """Return the loss of each example of a batch, (b,), in nats for cross-entropies."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import SOFTMAX
 
 from helpers import CG, Hessian, LiSSA, LowRank, Objective, choose_damping, s_test, solve, spectrum
@@ -221,23 +220,22 @@ def test_a_float32_network_is_solved_to_what_float32_can_reach(network):
     assert solution.relative_residual.max() <= 1e-4
 
 
-def test_a_softmax_taken_twice_is_no_cross_entropy_of_logits():
-    """By the model and by the loss: then it is not convex, and damping must come from H."""
-    rng = np.random.default_rng(0)
+def test_only_a_cross_entropy_of_logits_is_taken_for_convex_unseen():
+    """One of outputs that are taken for probabilities is not; the damping must come from H."""
+    rng, known = np.random.default_rng(0), []
     x, y = rng.normal(size=(40, 3)), rng.integers(0, 4, 40)
-    found, softmax = {}, keras.layers.Lambda(tf.nn.softmax)  # of Keras's own, Keras would undo it
-    for last in ((), (softmax,)):
-        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), *last])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for activation, from_logits in ((None, True), ("softmax", False), ("softplus", False)):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
         objective = Objective(model, loss, x, y, weight_decay=1e-4, decayed="all")
         objective.theta = 2 * rng.normal(size=objective.p)
         parts = objective.head.curvatures_in_parts(objective.theta)
-        least = min(np.linalg.eigvalsh(a).min() for _, a in parts)
-        found[len(last)] = objective.loss.is_cross_entropy, bool(least > -1e-12)
+        convex = all(np.linalg.eigvalsh(a).min() > -1e-12 for _, a in parts)
         value = spectrum.choose_damping(objective).value
-        assert (value == 0) == found[len(last)][1]
+        assert (value == 0) == convex
         assert np.linalg.eigvalsh(Hessian(objective).dense()).min() + value > 0
-    assert found == {0: (True, True), 1: (False, False)}
+        known.append((objective.loss.is_cross_entropy, convex))
+    assert known == [(True, True), (True, True), (False, False)]
 
 
 def test_many_classes_cost_no_eigenvalues_of_each_example():
