@@ -65,6 +65,7 @@ Every verdict and figure: drawn <figures/demo/VERDICTS>
 Every verdict: real data <figures/real/VERDICTS>
 docs/api
 docs/tried
+docs/cost
 data/README
 figures/benchmark/benchmark
 CHANGELOG

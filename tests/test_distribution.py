@@ -63,3 +63,38 @@ def test_two_processes(alone, tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+CLUSTER = Path(__file__).parents[1] / "docs" / "cluster"
+
+
+def test_the_script_for_many_machines_gives_what_one_gives():
+    """As its first lines say: the same script on every machine, here two of this one."""
+    printed = {}
+    for k in (1, 2):
+        addresses = ",".join(f"127.0.0.1:{free_port()}" for _ in range(k))
+        variables = {"ADDRESSES": addresses, "EXAMPLES": "61", "THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(CLUSTER / "replicas.py")],
+                env=os.environ | variables | {"RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )
+            for rank in range(k)
+        ]  # fmt: skip
+        try:
+            texts = [process.communicate(timeout=300)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert not any(process.returncode for process in processes)
+        assert texts[1:] == [""] * (k - 1)
+        assert "4 of 4 right-hand sides solved" in texts[0]
+        printed[k] = float(texts[0].split()[-1])
+    assert printed[2] == pytest.approx(printed[1], rel=1e-4)
+
+
+def test_the_script_for_dask_workers_runs():
+    command = [sys.executable, "-c", "import workers; workers.main(pieces=2)"]
+    done = subprocess.run(command, cwd=CLUSTER, capture_output=True, text=True, check=True)
+    assert "2 pieces:" in done.stdout
