@@ -4,7 +4,6 @@ Lanczos' smallest value is an upper bound of lambda_min, its largest a lower bou
 both are margins away from the truth until the run is long enough.
 """
 
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -120,17 +119,3 @@ def _is_convex(head, theta):
         return True  # C^3 an example need not be spent on what is known
     parts = (a for block in head.blocks() for _, a in block.curvatures_in_parts(theta))
     return all(np.linalg.eigvalsh(a).min() >= -1e-12 for a in parts)
-
-
-def estimate_cost(H, columns, *, steps=50):
-    """Return the seconds `steps` of conjugate gradients on that many columns would take here.
-
-    One compiled product of `columns` vectors is timed after a warm-up, times `steps`; what making a
-    preconditioner costs is not in it.
-    """
-    H = as_operator(H)
-    vectors, none = tf.zeros((H.shape[0], columns), tf.float64), tf.zeros((), tf.float64)
-    H.damped(vectors, none)
-    started = time.perf_counter()
-    float(tf.reduce_sum(H.damped(vectors, none)))
-    return steps * (time.perf_counter() - started)
