@@ -185,12 +185,10 @@ def _t4():
     return data | _dots(objective, solved.x) | {"cg_steps": _steps(objective, gradients, damping)}
 
 
-def _steps(objective, gradients, damping):
-    """Return the steps that plain CG needs in float64 for a relative residual of 1e-3."""
-    solved = solve(
-        Hessian(objective), gradients.T, CG(damping=damping, rtol=1e-3, precondition=None)
-    )
-    return int(solved.steps.max())
+def _steps(objective, gradients, damping, few=5):
+    """Return the steps that plain CG needs, alone, for a relative residual of 1e-3 in float64."""
+    how = CG(damping=damping, rtol=1e-3, precondition=None)
+    return max(int(solve(Hessian(objective), g, how).steps.max()) for g in gradients[:few])
 
 
 def _reference(objective, data, h, gradients):
