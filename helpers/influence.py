@@ -4,7 +4,6 @@
 point is helpful. `influence_on_loss` is Koh & Liang's I_up,loss = -n times that.
 """
 
-import time
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -133,30 +132,6 @@ def influence_on_loss(objective, s):
     Koh & Liang 2017, equation 2, with the regulariser's share: -n `predicted_loss_change`.
     """
     return -objective.n * predicted_loss_change(objective, s)
-
-
-def estimate_cost(H, x_test, y_test, solver=None, *, damping="auto", share=0.1):
-    """Return the seconds that `s_test` and `predicted_loss_change` would take here, once traced.
-
-    Both run on a share of the training points and on half of that, twice each, and what the second
-    run takes is extended in a straight line to all n: a pass costs its examples. Tracing, up to a
-    few seconds, comes on top at the first call. The points must be arrays in memory.
-    H, x_test, y_test, solver, damping : as in `s_test`.
-    """
-    H, rng = as_operator(H), np.random.default_rng(0)
-    n = H.objective.n
-    sizes = np.clip([share * n / 2, share * n], [min(50, n), min(100, n)], n).astype(int)
-    seconds = []
-    for size in sizes:
-        part = type(H)(H.objective.subset(rng.choice(n, size, replace=False)))
-        for _ in range(2):
-            started = time.perf_counter()
-            s = s_test(part, x_test, y_test, solver, damping=damping)
-            predicted_loss_change(part.objective, s.x)
-            last = time.perf_counter() - started
-        seconds.append(last)
-    slope = max(0.0, seconds[1] - seconds[0]) / max(1, sizes[1] - sizes[0])
-    return seconds[1] + slope * (n - sizes[1])
 
 
 def self_influence(H, x, y, *, damping=0.0):

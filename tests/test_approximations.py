@@ -1,6 +1,5 @@
 """LiSSA, low rank, preconditioners, the spectrum and the damping that follows from it."""
 
-import time
 from dataclasses import replace
 
 import keras
@@ -8,20 +7,8 @@ import numpy as np
 import pytest
 from conftest import SOFTMAX
 
-from helpers import (
-    CG,
-    Hessian,
-    LiSSA,
-    LowRank,
-    Objective,
-    choose_damping,
-    predicted_loss_change,
-    s_test,
-    solve,
-    spectrum,
-)
+from helpers import CG, Hessian, LiSSA, LowRank, Objective, choose_damping, s_test, solve, spectrum
 from helpers.gradients import per_example_gradients
-from helpers.influence import estimate_cost
 from helpers.solvers import _cholesky_solve, nystroem_preconditioner
 
 
@@ -181,23 +168,6 @@ def test_damping_is_chosen_from_the_spectrum_with_a_reason(stiff, binary, networ
     assert lowest < 0
     assert "negative" in untrained.reason
     assert lowest + untrained.value > 0
-
-
-@pytest.mark.parametrize("solver", [None, LiSSA(damping=0.1, depth=200)])
-def test_the_cost_is_estimated_beforehand(solver):
-    """Within a factor of five here, since other work may run beside the tests."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(20_000, 60)), rng.integers(0, 8, 20_000)
-    model = keras.Sequential([keras.Input((60,)), keras.layers.Dense(8)])
-    objective = Objective(model, SOFTMAX, x, y, weight_decay=0.01, decayed="all")
-    tests = x[:20], y[:20], solver
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        predicted_loss_change(objective, s_test(objective, *tests).x)
-        seconds.append(time.perf_counter() - started)
-    estimates = [estimate_cost(objective, *tests) for _ in range(3)]
-    assert min(seconds) / 5 < np.median(estimates) < 5 * max(seconds)
 
 
 def test_a_non_convex_loss_on_a_head_is_not_taken_for_convex():
