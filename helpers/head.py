@@ -140,11 +140,11 @@ class Head:
 
     @keras_facts.traced
     def tf_curvatures(self, y, outputs):
-        with tf.GradientTape(persistent=True) as tape:
+        with tf.GradientTape() as tape:
             tape.watch(outputs)
-            columns = tf.unstack(self._residuals(y, outputs), axis=1)
+            slope = self._residuals(y, outputs)
         none = tf.UnconnectedGradients.ZERO  # of a loss that is linear in pieces
-        return tf.stack([tape.gradient(c, outputs, None, none) for c in columns], axis=1)
+        return tape.batch_jacobian(slope, outputs, none)
 
     @keras_facts.traced
     def bend(self, y, outputs, u):
