@@ -13,6 +13,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +33,16 @@ from tqdm.auto import tqdm
 from support import drawings, stored
 from support.stored import DataMissing, data_root, folder, keras_home
 
+ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, StopIteration)
+ARCHIVE_ERRORS += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 BRING = "`make data ONLY={}` brings it."
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
+PLACES = {  # in the data root: what `make data` brings, and the same in another form
+    "vehicles": ("airplane_car", "pictures"),
+    "dog_fish": ("dog_fish",),
+    "enron": ("spam/enron1.tar.gz", "spam/enron1"),
+    "diabetes": ("diabetes/dataset_diabetes.zip", "diabetes/diabetic_data.csv"),
+}
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SYNSETS = {
     "airliner": ("n02690373", "airplane"),
@@ -64,28 +73,30 @@ class Arrays(NamedTuple):
 def vehicles(source, *, seed=0, n_train=1000, n_test=300):
     """Return the manifest of airplanes against cars, n_train + n_test pictures of each class.
 
-    source : "rendered" (drawn here), "photos" (`photographs()`: a folder a class, whose name is the
-        class's, and an optional manifest.csv with the columns file, label, subtype) or "ilsvrc"
-        (the six synset tars as downloaded, in data root/ilsvrc2012).
+    source : "rendered" (drawn here), "photos" (data root/airplane_car or else data root/pictures:
+        a folder a class, whose name is the class's, and an optional manifest.csv with the columns
+        file, label, subtype) or "ilsvrc" (the six synset tars as downloaded, in data
+        root/ilsvrc2012).
     """
+    sizes = {"seed": seed, "n_train": n_train, "n_test": n_test}
     if source == "rendered":
-        return rendered(seed=seed, n_train=n_train, n_test=n_test)
+        return rendered(**sizes)
     if source == "photos":
-        return photos(photographs(), seed=seed, n_train=n_train, n_test=n_test)
+        return photos(found("vehicles"), **sizes)
     if source == "ilsvrc":
-        return ilsvrc(data_root() / "ilsvrc2012", seed=seed, n_train=n_train, n_test=n_test)
+        return ilsvrc(data_root() / "ilsvrc2012", **sizes)
     raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
 
 
-def photographs():
-    """Return the folder of the two classes: data root/airplane_car, or else data root/pictures."""
-    usual, other = data_root() / "airplane_car", data_root() / "pictures"
-    return other if other.is_dir() and not usual.is_dir() else usual
+def found(name):
+    """Return where a data set lies: the first of its PLACES that exists, or else the first."""
+    places = [data_root() / place for place in PLACES[name]]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def dog_fish(*, seed=0, n_train=900, n_test=300):
     """Return the manifest of Koh & Liang's dogs against fish, photographs in data root/dog_fish."""
-    return photos(data_root() / "dog_fish", seed=seed, n_train=n_train, n_test=n_test)
+    return photos(found("dog_fish"), seed=seed, n_train=n_train, n_test=n_test)
 
 
 def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
@@ -439,13 +450,19 @@ def _idx(name):
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
+@contextmanager
+def _damage_named(path):
+    """Say of any error of a file or an archive whose it is, and what to do."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as error:
+        raise ValueError(f"{path} is damaged ({error}): get it again.") from error
+
+
 def _at_most(size, path, open_it):
     """Return the first size + 1 bytes of a file, packed or not: what is larger is not read."""
-    try:
-        with open_it(path, "rb") as stream:
-            return stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): get it again.") from error
+    with _damage_named(path), open_it(path, "rb") as stream:
+        return stream.read(size + 1)
 
 
 def two_classes(arrays, positive, negative):
@@ -513,12 +530,10 @@ def diabetes():
 
     Read from data root/diabetes: dataset_diabetes.zip as distributed, or diabetic_data.csv.
     """
-    root = data_root() / "diabetes"
-    names = ("dataset_diabetes.zip", "diabetic_data.csv")
-    path = next((root / name for name in names if (root / name).exists()), None)
-    if path is None:
+    path = found("diabetes")
+    if not path.exists():
         raise DataMissing(
-            f"{root / names[0]} is missing (or {names[1]} from it), data set 296 of "
+            f"{path} is missing (or diabetic_data.csv from it), data set 296 of "
             f"archive.ics.uci.edu. {BRING.format('diabetes')}"
         )
     table = diabetes_table(path)
@@ -531,7 +546,9 @@ def diabetes():
 def diabetes_table(path):
     """Return the table in the zip as distributed, or in the CSV from it; ValueError if damaged."""
     if path.suffix == ".zip":
-        data = _member(path, "diabetic_data.csv", DIABETES_BYTES)
+        with _damage_named(path), zipfile.ZipFile(path) as archive:
+            inside = next(m for m in archive.namelist() if Path(m).name == "diabetic_data.csv")
+            data = archive.open(inside).read(DIABETES_BYTES + 1)
     else:
         data = _at_most(DIABETES_BYTES, path, open)
     if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
@@ -540,24 +557,6 @@ def diabetes_table(path):
     if table.shape != DIABETES_SHAPE:
         raise ValueError(f"{path} has {table.shape} rows and columns, not {DIABETES_SHAPE}.")
     return table
-
-
-def _member(path, name, size):
-    """Return the bytes of the file called `name` in a zip, whose size is known."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = next(m for m in archive.namelist() if Path(m).name == name)
-            with archive.open(inside) as stream:
-                return stream.read(size + 1)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        StopIteration,
-    ) as error:
-        raise ValueError(f"{path} is no zip that holds {name}: download it again.") from error
 
 
 def stay_features(table):
@@ -608,6 +607,7 @@ def planted_cohort(*, seed=0, n=90_000, child_effect=-2.5):
 
 # -------------------------------------------------------------------- e-mail
 
+MOST_BYTES = 10**8  # of all e-mails unpacked: they have 9 MB
 ENRON_SHA256 = "9895dd8b31c4ce457add710d25b590dfe4c103f8113e01cfd9a07ce616b81c7a"
 
 
@@ -618,8 +618,7 @@ def enron(*, seed=0, min_df=5):
     e-mails, as Koh & Liang had it; they also lemmatised. Read from data root/spam: enron1.tar.gz,
     or its unpacked folder enron1.
     """
-    root = data_root() / "spam"
-    mails = enron_mails(root / "enron1.tar.gz" if (root / "enron1.tar.gz").exists() else root)
+    mails = enron_mails(found("enron"))
     texts = [text.decode("latin-1") for _, text in mails]
     y = np.array([name.startswith("spam") for name, _ in mails], np.int64)
     size = len(y) - int(0.8 * len(y))
@@ -634,7 +633,7 @@ def enron(*, seed=0, min_df=5):
 def enron_mails(path):
     """Return the e-mails as (spam or ham/file name, bytes), sorted by name; ValueError if damaged.
 
-    path : enron1.tar.gz, or the folder that holds the unpacked enron1.
+    path : enron1.tar.gz, or the folder enron1 from it.
     """
     mails = _enron1(path)
     digest = hashlib.sha256(b"".join(name.encode() + text for name, text in mails)).hexdigest()
@@ -647,30 +646,22 @@ def enron_mails(path):
 
 
 def _enron1(path):
-    if path.name.endswith(".gz"):
-        found = _unpacked(path, 10**8)
-    elif (path / "enron1").is_dir():
-        found = {str(p.relative_to(path)): p.read_bytes() for p in path.glob("enron1/*/*.txt")}
-    else:
+    files = {}
+    if not path.exists():
         raise DataMissing(
-            f"{path / 'enron1.tar.gz'} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. "
-            f"2006). {BRING.format('enron')}"
+            f"{path} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. 2006). "
+            f"{BRING.format('enron')}"
         )
-    parts = [(Path(name).parts[-2:], data) for name, data in sorted(found.items())]
-    return [("/".join(p), data) for p, data in parts if p[0] in ("spam", "ham")]
-
-
-def _unpacked(path, most):
-    """Return {name: bytes} of a packed tar's files, or refuse more than `most` bytes in words."""
-    found, total = {}, 0
-    try:
-        with tarfile.open(path) as tar:
+    if path.is_dir():
+        files = {p: p.read_bytes() for p in path.glob("*/*.txt")}
+    else:
+        with _damage_named(path), tarfile.open(path) as tar:
             for member in tar:
-                total += member.size
-                if total > most:
-                    raise ValueError(f"{path} unpacks to more than {most:,} bytes: get it again.")
+                if tar.offset > MOST_BYTES:
+                    raise ValueError(
+                        f"{path} unpacks to more than {MOST_BYTES:,} bytes: get it again."
+                    )
                 if member.isfile():
-                    found[member.name] = tar.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole .tar.gz ({error}): get it again.") from error
-    return found
+                    files[Path(member.name)] = tar.extractfile(member).read()
+    mails = [(f"{p.parent.name}/{p.name}", data) for p, data in files.items()]
+    return sorted(mail for mail in mails if mail[0].startswith(("spam/", "ham/")))
