@@ -12,23 +12,25 @@ A run writes into runs/<profile>/ and nowhere else; `--promote` copies it to wha
 
 import argparse
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import joblib
 import nbformat
-import numpy as np
 import papermill
 import yaml
 from filelock import FileLock
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tqdm import tqdm
 
 from support import datasets, fetch, pages, stored
@@ -38,6 +40,8 @@ from support.stored import ROOT, data_root, folder, named_folder, write
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 MISSING = "not applicable"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {"name": "python"}
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
 
 
@@ -46,31 +50,24 @@ def declared_parameters(notebook):
     cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"a notebook needs one cell tagged 'parameters', found {len(cells)}")
-    declared = {}
-    for statement in ast.parse(cells[0].source).body:
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
-            raise ValueError(f"parameters cell, line {statement.lineno}: only `name = literal`")
-        try:
-            declared[statement.targets[0].id] = ast.literal_eval(statement.value)
-        except ValueError as error:
-            text = ast.unparse(statement)
-            raise ValueError(f"parameters cell: `{text}` is no literal") from error
-    return declared
+    try:
+        body = ast.parse(cells[0].source).body
+        return {name.id: ast.literal_eval(line.value) for line in body for name in line.targets}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"parameters cell: only `name = literal` ({error})") from error
 
 
 def plain(value):
     """Return a parameter as JSON has it: lists for tuples and arrays, numbers for NumPy's."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"a parameter is a number, text, a list or a dict, not {value!r}")
+
+    def other(value):
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise ValueError(f"a parameter is a number, text, a list or a dict, not {value!r}")
+
+    return json.loads(json.dumps(value, default=other))
 
 
 def checked(given, declared):
@@ -79,56 +76,35 @@ def checked(given, declared):
     for name, value in given.items():
         if name not in declared:
             raise ValueError(f"unknown parameter '{name}'; there are {', '.join(sorted(declared))}")
-        default = plain(declared[name])
-        allowed = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, allowed)
-        ):
-            hint = " (YAML floats need a dot: 1.0e-3)" if isinstance(value, str) else ""
+        kind, its = type(plain(declared[name])), type(value)
+        if kind not in (type(None), its) and (kind, its) != (float, int):
+            hint = " (YAML floats need a dot: 1.0e-3)" if its is str else ""
             raise ValueError(
-                f"parameter '{name}' is a {type(default).__name__} like {default!r}; "
-                f"{value!r} is a {type(value).__name__}{hint}"
+                f"parameter '{name}' is a {kind.__name__} like {declared[name]!r}; "
+                f"{value!r} is a {its.__name__}{hint}"
             )
     return given
 
 
 def tidy(notebook, *, injected=True):
     """Drop what changes from run to run; `injected=False` also drops the injected parameters."""
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3 (ipykernel)",
-        "language": "python",
-        "name": "python3",
-    }
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     if not injected:
         notebook.cells = [
             c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
         ]
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = _joined([o for o in cell.outputs if not _passing(o)])
-    return notebook
+            cell.outputs = [o for o in cell.outputs if not _passing(o)]
+    return CoalesceStreamsPreprocessor().preprocess(notebook, {})[0]
 
 
 def _passing(output):
     """Return whether an output is stderr or a widget, dead once its kernel has ended."""
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     return widget or output.get("name") == "stderr"
-
-
-def _joined(outputs):
-    """Return outputs with pieces of one stream joined: where they were cut is chance."""
-    joined = []
-    for output in outputs:
-        if joined and output.output_type == joined[-1].output_type == "stream":
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
 
 
 def run(source, target, parameters=None):
@@ -218,31 +194,30 @@ def jobs_of(profile, chosen):
     return jobs
 
 
-def run_jobs(profile, left, at_once=1):
+def run_jobs(profile, jobs, at_once=1):
     """Run Jobs into runs/<profile>/, `at_once` side by side; return those that failed.
 
     Where data of one's own are needed, a Job that misses some is not applicable, and the others go
     on; if none ran, all have failed.
     """
-    target, left, running, failed, missed = folder("runs", profile), list(left), {}, [], []
-    every = len(left)
+    target, left, failed, missed = folder("runs", profile), list(jobs), [], []
     with (
         ProcessPoolExecutor(at_once, get_context("spawn")) as pool,
-        tqdm(total=len(left), unit="notebook", disable=None, leave=False) as bar,
+        tqdm(total=len(jobs), unit="notebook", disable=None, leave=False) as bar,
     ):
-        while running or (left and not failed):
-            while left and not failed and _may_start(left[0], running.values(), at_once):
-                job = left.pop(0)
-                running[pool.submit(_attempt, job, target)] = job
-            bar.set_description(" ".join(job.number for job in running.values()))
-            for task in wait(running, return_when=FIRST_COMPLETED).done:
-                job, (done, outcome) = running.pop(task), task.result()
+        for _, group in groupby(jobs, lambda job: job.number if job.number in ALONE else ""):
+            tasks = {pool.submit(_attempt, job, target): job for job in group if not failed}
+            for task in (task for task in as_completed(tasks) if not task.cancelled()):
+                job, (done, outcome) = tasks[task], task.result()
+                left.remove(job)
                 without_data = profile != "demo" and outcome.startswith(MISSING)
                 failed += [] if done or without_data else [job]
                 missed += [job] if without_data else []
                 bar.write(f"{job.name:28s} {outcome}")
                 bar.update()
-    failed = failed or (missed if len(missed) == every else [])
+                for waiting in tasks if failed else ():
+                    waiting.cancel()
+    failed = failed or (missed if len(missed) == len(jobs) else [])
     if failed:
         print(f"\nFAILED: {' '.join(job.name for job in failed)}")
         for partial in (target / f"partial_{job.name}.ipynb" for job in failed):
@@ -251,12 +226,6 @@ def run_jobs(profile, left, at_once=1):
         if left:
             print(f"Not run: {' '.join(job.name for job in left)}")
     return failed
-
-
-def _may_start(job, running, at_once):
-    """Return whether a Job may run beside those that are running."""
-    numbers = {other.number for other in running}
-    return not numbers or (len(running) < at_once and not (numbers | {job.number}) & ALONE)
 
 
 def _set_aside(target, job):
