@@ -9,6 +9,7 @@ of a near-duplicate's partner; real photographs have neither. `path` is a file o
 import gzip
 import hashlib
 import io
+import math
 import tarfile
 import warnings
 import zipfile
@@ -444,6 +445,19 @@ def _at_most(size, path, open_it):
         return stream.read(size + 1)
 
 
+def unpacked(archive, wanted, *, most=math.inf):
+    """Yield (name, bytes) of the files of a packed tar whose name, a Path, `wanted` accepts.
+
+    ValueError where it is damaged, or unpacks to more than `most` bytes.
+    """
+    with _damage_named(archive), tarfile.open(archive, "r|*") as tar:
+        for member in tar:
+            if tar.offset > most:
+                raise ValueError(f"{archive} unpacks to more than {most:,} bytes: get it again.")
+            if member.isfile() and wanted(Path(member.name)):
+                yield Path(member.name), tar.extractfile(member).read()
+
+
 def two_classes(arrays, positive, negative):
     """Return Arrays with two classes only, labelled 1 (positive) and 0 (negative)."""
     train = np.isin(arrays.y_train, [positive, negative])
@@ -599,7 +613,6 @@ def enron_mails(path):
 
 
 def _enron1(path):
-    files = {}
     if not path.exists():
         raise DataMissing(
             f"{path} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. 2006). "
@@ -608,13 +621,6 @@ def _enron1(path):
     if path.is_dir():
         files = {p: p.read_bytes() for p in path.glob("*/*.txt")}
     else:
-        with _damage_named(path), tarfile.open(path) as tar:
-            for member in tar:
-                if tar.offset > MOST_BYTES:
-                    raise ValueError(
-                        f"{path} unpacks to more than {MOST_BYTES:,} bytes: get it again."
-                    )
-                if member.isfile():
-                    files[Path(member.name)] = tar.extractfile(member).read()
+        files = dict(unpacked(path, lambda name: name.suffix == ".txt", most=MOST_BYTES))
     mails = [(f"{p.parent.name}/{p.name}", data) for p, data in files.items()]
     return sorted(mail for mail in mails if mail[0].startswith(("spam/", "ham/")))

@@ -6,7 +6,6 @@ in its place; what is there and right is skipped, so that an interrupted run goe
 
 import shutil
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,18 +46,11 @@ class Source(NamedTuple):
         return (data_root() if inside == self.place else keras_home()) / inside
 
 
-def _members(archive, wanted):
-    """Yield (name, bytes) of the files of a packed tar whose path `wanted` accepts."""
-    with tarfile.open(archive, "r|*") as tar:
-        for member in tar:
-            if member.isfile() and wanted(Path(member.name)):
-                yield Path(member.name), tar.extractfile(member).read()
-
-
 def stl10(archive):
     """Yield all airplanes and cars of STL-10, 500 + 800 each; its pictures lie column by column."""
     names = {f"{half}_{kind}.bin" for half in ("train", "test") for kind in "Xy"}
-    found = {path.name: data for path, data in _members(archive, lambda path: path.name in names)}
+    members = datasets.unpacked(archive, lambda path: path.name in names)
+    found = {path.name: data for path, data in members}
     for half in ("train", "test"):
         x, y = (np.frombuffer(found[f"{half}_{kind}.bin"], np.uint8) for kind in "Xy")
         x = x.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
@@ -67,7 +59,7 @@ def stl10(archive):
 
 def cifar10(archive):
     """Yield the first airplanes and automobiles of CIFAR-10, 1,000 to train on and 300 to test."""
-    found = dict(_members(archive, lambda path: path.suffix == ".bin"))
+    found = dict(datasets.unpacked(archive, lambda path: path.suffix == ".bin"))
     for half, most in (("data", 1000), ("test", 300)):
         parts = [data for path, data in sorted(found.items()) if path.name.startswith(half)]
         rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
@@ -86,7 +78,7 @@ def _chosen(x, y, labels, half, most=None):
 def imagenette(archive):
     """Yield the English springers and the tench of Imagenette, both of its halves."""
     kinds = {"n02102040": ("dog", "english_springer"), "n01440764": ("fish", "tench")}
-    for path, data in _members(archive, lambda path: path.parent.name in kinds):
+    for path, data in datasets.unpacked(archive, lambda path: path.parent.name in kinds):
         if datasets.is_picture(path):
             yield *kinds[path.parent.name], path.name, data
 
@@ -201,7 +193,7 @@ def main(names):
     for source in left:
         try:
             fetch(source)
-        except (ValueError, OSError, RequestException, tarfile.TarError, KeyError) as error:
+        except (ValueError, OSError, RequestException, KeyError) as error:
             print(f"{source.name} was not fetched: {error}", file=sys.stderr)
             failed.append(source.name)
     if failed:
