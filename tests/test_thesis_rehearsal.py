@@ -12,42 +12,35 @@ import keras
 import nbformat
 import numpy as np
 import pytest
+import yaml
 
 from support import claims, datasets, drawings, features, run, stored
 
-N_TRAIN, N_TEST, SIDE = 60, 20, 96
-MANY = N_TRAIN + 300  # pictures of a class: 11 always takes 300 for testing
-DOGS, FISH = drawings.PRETEXT[:2]  # drawn things that stand for them
+SIDE = 96
+MANY = 360  # pictures of a class: 11 takes 60 for training and, always, 300 for testing
 NEEDS_DATA = {"10_mislabel_study_enron", "13_domain_mismatch"}  # e-mails and hospital stays
-FEW = {
-    "00_data_curation": {"n_train": N_TRAIN, "n_test": N_TEST},
-    "01_feature_extraction": {"batch_size": 32},
-    "03_curvature": {"n_digits": 100, "width": 2, "epochs": 2},
-    "05_loo_validation": {"side": 7, "lissa_samples": 1, "n_top": 20, "n_random": 5},
-    "06_nonconvex_validation": {
-        **{"n_paper": 100, "batch": 25, "c_second": 1, "seeds": [0], "later_looks": [1000]},
-        **{"paper_digit": None, "n_right": 1, "n_wrong": 0, "n_removed": 4, "n_few": 2},
-        **{"lissa_depth": 20, "n_digits": 60, "side": 22, "width": 2, "n_top": 1, "n_random": 1},
-        **{"other_networks": [[60, 1]], "n_other": 2},
-    },
-    "07_smooth_hinge": {"n_test": 2, "n_remove": 10, "paper_digit": None},
-    "09_influential_subset": {"n_seeds": 2, "n_random": 10, "n_subset": 20, "n_splits": 2},
-    "10_mislabel_study": {"seeds": 2, "few_seeds": 2, "table_seeds": 1, "n_digits": 200},
-    "11_attack_study": {
-        **{"n_train": N_TRAIN, "sizes": [SIDE], "n_targets": [[2, 1, 1]], "steps": 3},
-        **{"shortlist": 5, "n_recall": 1, "pool": 20, "n_many": 4, "many_steps": 3, "n_saved": 1},
-        **{"batch": 8},
-    },
-    "12_shifted_tests": {
-        **{"n_pictures": 20, "n_attacked": 8, "n_graded": 6, "n_special": 4, "rounds": 2},
-        **{"surrogate_epochs": 1},
-    },
-    "14_method_comparison": {
-        **{"n_softmax": 100, "n_digits": 60, "n_subsets": 8, "n_other": 8, "n_cnn": 40},
-        **{"train_seeds": 1, "n_top": 1, "n_random": 3, "steps": 20},
-    },
-    "15_your_own_model": {"n_digits": 200, "epochs": 2, "n_sentences": 60, "n_readers": 1},
-}
+FEW = """
+00_data_curation: {n_train: 60, n_test: 20}
+01_feature_extraction: {batch_size: 32}
+03_curvature: {n_digits: 100, width: 2, epochs: 2}
+05_loo_validation: {side: 7, lissa_samples: 1, n_top: 20, n_random: 5}
+06_nonconvex_validation: {
+  n_paper: 100, batch: 25, c_second: 1, seeds: [0], later_looks: [1000], paper_digit: null,
+  n_right: 1, n_wrong: 0, n_removed: 4, lissa_depth: 20, n_digits: 60, side: 22, width: 2,
+  n_few: 2, n_top: 1, n_random: 1, other_networks: [[60, 1]], n_other: 2}
+07_smooth_hinge: {n_test: 2, n_remove: 10, paper_digit: null}
+09_influential_subset: {n_seeds: 2, n_random: 10, n_subset: 20, n_splits: 2}
+10_mislabel_study: {seeds: 2, few_seeds: 2, table_seeds: 1, n_digits: 200}
+11_attack_study: {
+  n_train: 60, sizes: [96], n_targets: [[2, 1, 1]], steps: 3, shortlist: 5, n_recall: 1, pool: 20,
+  n_many: 4, many_steps: 3, n_saved: 1, batch: 8}
+12_shifted_tests: {
+  n_pictures: 20, n_attacked: 8, n_graded: 6, n_special: 4, rounds: 2, surrogate_epochs: 1}
+14_method_comparison: {
+  n_softmax: 100, n_digits: 60, n_subsets: 8, n_other: 8, n_cnn: 40, train_seeds: 1, n_top: 1,
+  n_random: 3, steps: 20}
+15_your_own_model: {n_digits: 200, epochs: 2, n_sentences: 60, n_readers: 1}
+"""
 
 
 def drawn(number, subtype, label):
@@ -70,11 +63,11 @@ def data_root(tmp_path):
                 member = tarfile.TarInfo(f"{synset}_{k}.JPEG")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    for at, (name, subtype) in enumerate({"dog": DOGS, "fish": FISH}.items()):
+    for at, name in enumerate(("dog", "fish")):  # other drawn things stand for them
         (tmp_path / "data" / "dog_fish" / name).mkdir(parents=True)
         for k in range(1200):
             file = tmp_path / "data" / "dog_fish" / name / f"{k}.jpg"
-            file.write_bytes(drawn(10_000 * (at + 1) + k, subtype, "car"))
+            file.write_bytes(drawn(10_000 * (at + 1) + k, drawings.PRETEXT[at], "car"))
     return tmp_path / "data"
 
 
@@ -106,12 +99,13 @@ def test_every_notebook_runs(data_root, inception, tmp_path, monkeypatch):
     for name in ("THESIS_RUNS", "THESIS_DERIVED"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
-    jobs = []
+    jobs, few_of = [], yaml.safe_load(FEW)
     for job in run.jobs_of("thesis", run.choose([])):
-        few = dict(FEW.get(job.path.stem, {}))
+        few = few_of.get(job.path.stem, {})
         if "backbone_name" in job.parameters:
             attack = job.number == "11"  # which takes pictures of any size
-            few |= {"weights": "random.weights.h5"} if attack else {"backbone_name": inception}
+            other = {"weights": "random.weights.h5"} if attack else {"backbone_name": inception}
+            few = few | other
         declared = run.declared_parameters(nbformat.read(job.path, 4))
         jobs.append(job._replace(parameters=run.checked(job.parameters | few, declared)))
     assert run.run_jobs("thesis", jobs) == []
