@@ -256,8 +256,8 @@ def _split(table, seed, n_train, n_test):
     for label, group in table.groupby("label"):
         if len(group) < n_train + n_test:
             raise ValueError(
-                f"Class '{label}' has {len(group)} pictures; {n_train} for training "
-                f"and {n_test} for testing were asked for."
+                f"Class '{label}' has {len(group)} pictures; {n_train} for training and {n_test} "
+                "for testing were asked for: lower n_train and n_test, in params/, or add pictures."
             )
         sizes = {"train_size": n_train, "test_size": n_test, "random_state": seed}
         train, test = train_test_split(group, stratify=group["subtype"], **sizes)
