@@ -18,9 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -194,30 +193,31 @@ def jobs_of(profile, chosen):
     return jobs
 
 
-def run_jobs(profile, jobs, at_once=1):
+def run_jobs(profile, left, at_once=1):
     """Run Jobs into runs/<profile>/, `at_once` side by side; return those that failed.
 
     Where data of one's own are needed, a Job that misses some is not applicable, and the others go
     on; if none ran, all have failed.
     """
-    target, left, failed, missed = folder("runs", profile), list(jobs), [], []
+    target, left, running, failed, missed = folder("runs", profile), list(left), {}, [], []
+    every = len(left)
     with (
         ProcessPoolExecutor(at_once, get_context("spawn")) as pool,
-        tqdm(total=len(jobs), unit="notebook", disable=None, leave=False) as bar,
+        tqdm(total=len(left), unit="notebook", disable=None, leave=False) as bar,
     ):
-        for _, group in groupby(jobs, lambda job: job.number if job.number in ALONE else ""):
-            tasks = {pool.submit(_attempt, job, target): job for job in group if not failed}
-            for task in (task for task in as_completed(tasks) if not task.cancelled()):
-                job, (done, outcome) = tasks[task], task.result()
-                left.remove(job)
+        while running or (left and not failed):
+            while left and not failed and _may_start(left[0], running.values(), at_once):
+                job = left.pop(0)
+                running[pool.submit(_attempt, job, target)] = job
+            bar.set_description(" ".join(job.number for job in running.values()))
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                job, (done, outcome) = running.pop(task), task.result()
                 without_data = profile != "demo" and outcome.startswith(MISSING)
                 failed += [] if done or without_data else [job]
                 missed += [job] if without_data else []
                 bar.write(f"{job.name:28s} {outcome}")
                 bar.update()
-                for waiting in tasks if failed else ():
-                    waiting.cancel()
-    failed = failed or (missed if len(missed) == len(jobs) else [])
+    failed = failed or (missed if len(missed) == every else [])
     if failed:
         print(f"\nFAILED: {' '.join(job.name for job in failed)}")
         for partial in (target / f"partial_{job.name}.ipynb" for job in failed):
@@ -226,6 +226,12 @@ def run_jobs(profile, jobs, at_once=1):
         if left:
             print(f"Not run: {' '.join(job.name for job in left)}")
     return failed
+
+
+def _may_start(job, running, at_once):
+    """Return whether a Job may run beside those that are running."""
+    numbers = {other.number for other in running}
+    return not numbers or (len(running) < at_once and not (numbers | {job.number}) & ALONE)
 
 
 def _set_aside(target, job):
