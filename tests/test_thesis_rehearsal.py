@@ -108,8 +108,7 @@ def test_every_notebook_runs(data_root, inception, tmp_path, monkeypatch):
             few = few | other
         declared = run.declared_parameters(nbformat.read(job.path, 4))
         jobs.append(job._replace(parameters=run.checked(job.parameters | few, declared)))
-    assert run.run_jobs("thesis", jobs) == []
-    done = {path.stem for path in stored.folder("runs", "thesis").glob("[0-9]*.ipynb")}
-    assert {job.name for job in jobs} - done == NEEDS_DATA
+    stopped = [job.name for job in jobs if run.run_jobs("thesis", [job])]  # all that do are told
+    assert set(stopped) == NEEDS_DATA
     table = claims.written(stored.folder("runs", "thesis", "figures"), run.choose([]))
     assert {name[:2] for name in table["notebook"]} == {f"{k:02}" for k in range(17)} - {"13"}
