@@ -90,10 +90,12 @@ def mobilenet(path):
     load_backbone("MobileNetV2", weights=path)
 
 
-LOOK = (stl10, cifar10, imagenette, mobilenet, datasets.enron_mails, datasets.diabetes_table)
-LOOK = {function.__name__: function for function in LOOK}  # those that the table names
+NAMED = (stl10, cifar10, imagenette, mobilenet, datasets.enron_mails, datasets.diabetes_table)
+BY_NAME = {function.__name__: function for function in NAMED}  # in the table
 TABLE = yaml.safe_load((ROOT / "data" / "sources.yaml").read_text(encoding="utf-8"))
-SOURCES = [Source(**{key: LOOK.get(value, value) for key, value in row.items()}) for row in TABLE]
+SOURCES = [
+    Source(**{key: BY_NAME.get(value, value) for key, value in row.items()}) for row in TABLE
+]
 
 
 def print_states():
