@@ -93,9 +93,7 @@ def mobilenet(path):
 NAMED = (stl10, cifar10, imagenette, mobilenet, datasets.enron_mails, datasets.diabetes_table)
 BY_NAME = {function.__name__: function for function in NAMED}  # in the table
 TABLE = yaml.safe_load((ROOT / "data" / "sources.yaml").read_text(encoding="utf-8"))
-SOURCES = [
-    Source(**{key: BY_NAME.get(value, value) for key, value in row.items()}) for row in TABLE
-]
+SOURCES = [Source(**{k: BY_NAME.get(v, v) for k, v in row.items()}) for row in TABLE]
 
 
 def print_states():
