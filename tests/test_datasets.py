@@ -531,6 +531,10 @@ def test_the_diabetes_file_missing_damaged_and_no_zip(tmp_path, monkeypatch):
     path.write_bytes(b"no zip at all")
     with pytest.raises(ValueError, match=r"is damaged .*not a zip file"):
         datasets.diabetes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("IDs_mapping.csv", b"")
+    with pytest.raises(ValueError, match=r"no item named 'diabetic_data\.csv'"):
+        datasets.diabetes()
     data = b"age,readmitted\n[0-10),NO\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("__MACOSX/dataset_diabetes/._diabetic_data.csv", b"")

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from support import drawings, stored
 from support.stored import DataMissing, data_root, folder, keras_home
 
-ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, StopIteration)
+ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, KeyError)
 ARCHIVE_ERRORS += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 BRING = "`make data ONLY={}` brings it."
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
@@ -516,7 +516,8 @@ def diabetes_table(path):
     """Return the table in the zip as distributed, or in the CSV from it; ValueError if damaged."""
     if path.suffix == ".zip":
         with _damage_named(path), zipfile.ZipFile(path) as archive:
-            inside = next(m for m in archive.namelist() if Path(m).name == "diabetic_data.csv")
+            name = "diabetic_data.csv"
+            inside = next((m for m in archive.namelist() if Path(m).name == name), name)
             data = archive.open(inside).read(DIABETES_BYTES + 1)
     else:
         data = _at_most(DIABETES_BYTES, path, open)
