@@ -25,7 +25,8 @@ FEW = """
 03_curvature: {n_digits: 100, width: 2, epochs: 2}
 05_loo_validation: {side: 7, lissa_samples: 1, n_top: 20, n_random: 5}
 06_nonconvex_validation: {
-  n_paper: 100, batch: 25, c_second: 1, seeds: [0], later_looks: [1000], paper_digit: null,
+  n_paper: 100, batch: 25, c_train: [500], c_retrain: 1000, c_second: 1000, seeds: [0],
+  later_looks: [40000], paper_digit: null,
   n_right: 1, n_wrong: 0, n_removed: 4, lissa_depth: 20, n_digits: 60, side: 22, width: 2,
   n_few: 2, n_top: 1, n_random: 1, other_networks: [[60, 1]], n_other: 2}
 07_smooth_hinge: {n_test: 2, n_remove: 10, paper_digit: null}
