@@ -30,7 +30,7 @@ FEW = """
   n_right: 1, n_wrong: 0, n_removed: 4, lissa_depth: 20, n_digits: 60, side: 22, width: 2,
   n_few: 2, n_top: 1, n_random: 1, other_networks: [[60, 1]], n_other: 2}
 07_smooth_hinge: {n_test: 2, n_remove: 10, paper_digit: null}
-09_influential_subset: {n_seeds: 2, n_random: 10, n_subset: 20, n_splits: 2}
+09_influential_subset: {n_seeds: 2, n_random: 10, n_subset: 20, n_splits: 3}
 10_mislabel_study: {seeds: 2, few_seeds: 2, table_seeds: 1, n_digits: 200}
 11_attack_study: {
   n_train: 60, sizes: [96], n_targets: [[2, 1, 1]], steps: 3, shortlist: 5, n_recall: 1, pool: 20,
