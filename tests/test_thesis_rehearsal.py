@@ -1,7 +1,7 @@
 """`make rehearsal`: every notebook of the profile `thesis`, on six tars of drawn pictures.
 
 It asks whether they run, with Inception-v3 (random weights, small pictures), few pictures and few
-repetitions. Not part of `make test`, as it takes a quarter of an hour.
+repetitions. Not part of `make test`, as it takes half an hour.
 """
 
 import io
