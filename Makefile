@@ -11,7 +11,7 @@ TEST := THESIS_DERIVED=runs/test/derived $(BIN)/python -m pytest --nbval
 RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
 
 .DEFAULT_GOAL := help
-.PHONY: help data reproduce real thesis test lab refresh readme site lock lint backbone benchmark \
+.PHONY: help data reproduce real thesis test rehearsal lab refresh readme site lock lint backbone benchmark \
   scaling crosscheck peers gpu clean-cache
 
 help:  ## this list
@@ -44,6 +44,9 @@ test: .venv/ready  ## unit tests, and every notebook against its stored outputs,
 	$(TEST) -n 0 notebooks/0[012]_*.ipynb
 	$(TEST) -n $(or $(JOBS),logical) notebooks/0[3-9]_*.ipynb notebooks/1[0-5]_*.ipynb tests
 	$(TEST) -n 0 notebooks/16_*.ipynb
+
+rehearsal: .venv/ready  ## does every notebook of `make thesis` run? on six tars of drawn pictures (half an hour)
+	$(BIN)/python -m pytest -m rehearsal tests/test_thesis_rehearsal.py
 
 lab: .venv/ready  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

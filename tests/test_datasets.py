@@ -466,7 +466,7 @@ def test_enron_missing_damaged_packed_and_unpacked(tmp_path, monkeypatch):
     (tmp_path / "spam" / "enron1" / "Summary.txt").write_text("no e-mail", encoding="utf-8")
     with pytest.raises(ValueError, match="not Enron1"):
         datasets.enron()
-    mails = datasets._enron1(tmp_path / "spam")
+    mails = datasets._enron1(tmp_path / "spam" / "enron1")
     content = b"".join(name.encode() + data for name, data in mails)
     monkeypatch.setattr(datasets, "ENRON_SHA256", hashlib.sha256(content).hexdigest())
     unpacked = datasets.enron(seed=3)
@@ -529,7 +529,11 @@ def test_the_diabetes_file_missing_damaged_and_no_zip(tmp_path, monkeypatch):
     (tmp_path / "diabetes").mkdir()
     path = tmp_path / "diabetes" / "dataset_diabetes.zip"
     path.write_bytes(b"no zip at all")
-    with pytest.raises(ValueError, match="no zip"):
+    with pytest.raises(ValueError, match=r"is damaged .*not a zip file"):
+        datasets.diabetes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("IDs_mapping.csv", b"")
+    with pytest.raises(ValueError, match=r"no item named 'diabetic_data\.csv'"):
         datasets.diabetes()
     data = b"age,readmitted\n[0-10),NO\n"
     with zipfile.ZipFile(path, "w") as archive:
@@ -538,21 +542,23 @@ def test_the_diabetes_file_missing_damaged_and_no_zip(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="sha256"):
         datasets.diabetes()
     monkeypatch.setattr(datasets, "DIABETES_SHA256", datasets.hashlib.sha256(data).hexdigest())
-    with pytest.raises(ValueError, match="rows and columns"):
-        datasets.diabetes()
-    path.unlink()
+    assert datasets.diabetes_table(path).to_numpy().tolist() == [["[0-10)", "NO"]]
     (tmp_path / "diabetes" / "diabetic_data.csv").write_bytes(data)
-    with pytest.raises(ValueError, match="rows and columns"):
-        datasets.diabetes()
+    assert datasets.diabetes_table(path.with_name("diabetic_data.csv")).shape == (1, 2)
 
 
 def test_features_of_stays_are_counts_and_levels():
-    table = pd.DataFrame({name: [3, 1, 2] for name in datasets.COUNTS + datasets.UNUSED})
+    counts = ["time_in_hospital", *(f"num_{k}" for k in ("lab_procedures", "procedures"))]
+    counts += ["num_medications", "number_outpatient", "number_emergency", "number_inpatient"]
+    counts += ["number_diagnoses"]
+    unused = ["encounter_id", "patient_nbr", "weight", "admission_type_id", "admission_source_id"]
+    unused += ["payer_code", "medical_specialty", "diag_1", "diag_2", "diag_3", "readmitted"]
+    table = pd.DataFrame({name: [3, 1, 2] for name in counts + unused})
     table["age"] = ["[0-10)", "[10-20)", "[20-30)"]
     table["change"], table["examide"] = ["No", "Ch", "No"], "No"
     x, names = datasets.stay_features(table)
     ages = ["age_[0-10)", "age_[10-20)", "age_[20-30)"]
-    assert names == [*datasets.COUNTS, *ages, "change_No", "examide_No"]
+    assert names == [*counts, *ages, "change_No", "examide_No"]
     assert x[:, :8].tolist() == [[3.0] * 8, [1.0] * 8, [2.0] * 8]
     assert x[:, 8:].tolist() == [[1, 0, 0, 1, 1], [0, 1, 0, 0, 1], [0, 0, 1, 1, 1]]
 

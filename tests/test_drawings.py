@@ -21,10 +21,9 @@ def test_a_picture_depends_on_seed_and_row_only(manifest):
     assert not np.array_equal(forward[0], drawings.draw(rows[0], seed=4))
 
 
-def test_mapping_series_and_namedtuple_give_the_same_picture(manifest):
+def test_a_mapping_and_a_series_give_the_same_picture(manifest):
     mapping = drawings.draw(manifest.to_dict("records")[5])
     assert np.array_equal(mapping, drawings.draw(manifest.iloc[5]))
-    assert np.array_equal(mapping, drawings.draw(list(manifest.itertuples())[5]._replace(Index=9)))
 
 
 @pytest.mark.parametrize("size", [32, 96, 131])

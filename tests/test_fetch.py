@@ -115,6 +115,8 @@ def test_the_table_names_addresses_and_checks():
     for source in fetch.SOURCES:
         assert source.url.startswith("http")
         assert source.check or source.inspect is not fetch.Source._field_defaults["inspect"]
+    mnist = next(source for source in fetch.SOURCES if source.name == "mnist")
+    assert mnist.check == f"sha256:{datasets.MNIST_NPZ_SHA256}"
 
 
 def test_everything_is_fetched_once(web, tmp_path, capsys):
@@ -193,7 +195,7 @@ def test_contents_are_looked_at_where_there_is_no_checksum(web, monkeypatch, cap
     table = [s._replace(check=None, inspect=datasets.enron_mails) for s in fetch.choose(["enron"])]
     monkeypatch.setattr(fetch, "SOURCES", table)
     assert fetch.main(["enron"]) == 1
-    assert "no whole .tar.gz" in capsys.readouterr().err
+    assert "enron1.tar.gz is damaged" in capsys.readouterr().err
     assert files_of(web.data) == []
 
 
@@ -222,3 +224,18 @@ def test_a_file_of_keras_s_cache_is_read_and_checked(tmp_path, monkeypatch):
     (tmp_path / "mnist").mkdir()
     (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b""))
     assert datasets.best_digits() == "idx"
+
+
+def test_what_is_there_in_another_form_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("THESIS_DATA", str(tmp_path))
+    fetch.print_states()
+    assert "found" not in capsys.readouterr().out
+    for folder in ("pictures", "spam/enron1", "diabetes"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "diabetes" / "diabetic_data.csv").touch()
+    fetch.print_states()
+    told = capsys.readouterr().out
+    for place in ("pictures", "spam/enron1", "diabetes/diabetic_data.csv"):
+        assert f"found   {tmp_path / place}\n" in told
+    assert f"missing {tmp_path / 'dog_fish'}: read by 08 and 11; `make data ONLY=dog_fish`" in told

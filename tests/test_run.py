@@ -26,7 +26,7 @@ def write(path, *sources, parameters="n = 3\nrate = 0.5\nname = 'a=b'\nfast = Fa
 def test_declared_parameters_are_literals(tmp_path):
     notebook = write(tmp_path / "a.ipynb")
     assert run.declared_parameters(notebook) == {"n": 3, "rate": 0.5, "name": "a=b", "fast": False}
-    for bad in ("half = n // 2", "import os", "x = y = 1"):
+    for bad in ("half = n // 2", "import os", "x += 1"):
         with pytest.raises(ValueError, match="parameters cell"):
             run.declared_parameters(write(tmp_path / "b.ipynb", parameters=bad))
 

@@ -85,11 +85,12 @@ def _stopped_early(objective, x, y, steps, rate):
 def groups(kinds, seed):
     """Return {name: rows} of training points to leave out together; kinds : (n,) labels.
 
-    Random groups of 20 to 400, and each of the first six kinds; of a kind that is more than a
-    quarter of the data, a random quarter of n.
+    Random groups of 20 to 400, as far as n goes, and each of the first six kinds; of a kind that is
+    more than a quarter of the data, a random quarter of n.
     """
     rng, n = np.random.default_rng([seed, 6]), len(kinds)
-    chosen = {f"{size} random": rng.choice(n, size, replace=False) for size in (20, 60, 200, 400)}
+    sizes = [size for size in (20, 60, 200, 400) if size < n]
+    chosen = {f"{size} random": rng.choice(n, size, replace=False) for size in sizes}
     for kind in np.unique(kinds)[:6]:
         rows = np.flatnonzero(kinds == kind)
         chosen[kind] = rows if len(rows) <= n // 4 else rng.choice(rows, n // 4, replace=False)

@@ -167,13 +167,13 @@ def network_accuracy(train, test, seed, weight_decay, steps=500):
 def kinds_and_mixtures(data, seed, *, smallest=100, mixtures=5):
     """Return {name: (rows, test rows)}, equally many airplanes and cars in each, of Vehicles.
 
-    The cars are of one kind, for each kind with at least `smallest` training pictures, or drawn
-    from all these kinds ("mixed, draw 1", ...).
+    The cars are of one kind, for each kind with at least `smallest` training pictures (where none
+    has as many, for the largest), or drawn from all these kinds ("mixed, draw 1", ...).
     """
     rng = np.random.default_rng([seed, 10])
     kinds, kinds_test = (t["subtype"].to_numpy() for t in (data.train, data.test))
     count = pd.Series(kinds[data.y_train == 0]).value_counts()
-    cars = sorted(count.index[count >= smallest])
+    cars = sorted(count.index[count >= min(smallest, count.max())])
     size, size_test = count[cars].min(), min((kinds_test == kind).sum() for kind in cars)
     parts = [(kinds, data.y_train, size), (kinds_test, data.y_test, size_test)]
     airplanes = [rng.choice(np.flatnonzero(y == 1), k, replace=False) for _, y, k in parts]

@@ -9,10 +9,12 @@ of a near-duplicate's partner; real photographs have neither. `path` is a file o
 import gzip
 import hashlib
 import io
+import math
 import tarfile
 import warnings
 import zipfile
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +34,16 @@ from tqdm.auto import tqdm
 from support import drawings, stored
 from support.stored import DataMissing, data_root, folder, keras_home
 
+ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, KeyError)
+ARCHIVE_ERRORS += (tarfile.TarError, zipfile.BadZipFile, zlib.error)
 BRING = "`make data ONLY={}` brings it."
 COLUMNS = ["id", "path", "label", "subtype", "split", "flag", "twin"]
+PLACES = {  # in the data root: what `make data` brings, and the same in another form
+    "vehicles": ("airplane_car", "pictures"),
+    "dog_fish": ("dog_fish",),
+    "enron": ("spam/enron1.tar.gz", "spam/enron1"),
+    "diabetes": ("diabetes/dataset_diabetes.zip", "diabetes/diabetic_data.csv"),
+}
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SYNSETS = {
     "airliner": ("n02690373", "airplane"),
@@ -64,28 +74,30 @@ class Arrays(NamedTuple):
 def vehicles(source, *, seed=0, n_train=1000, n_test=300):
     """Return the manifest of airplanes against cars, n_train + n_test pictures of each class.
 
-    source : "rendered" (drawn here), "photos" (`photographs()`: a folder a class, whose name is the
-        class's, and an optional manifest.csv with the columns file, label, subtype) or "ilsvrc"
-        (the six synset tars as downloaded, in data root/ilsvrc2012).
+    source : "rendered" (drawn here), "photos" (data root/airplane_car or else data root/pictures:
+        a folder a class, whose name is the class's, and an optional manifest.csv with the columns
+        file, label, subtype) or "ilsvrc" (the six synset tars as downloaded, in data
+        root/ilsvrc2012).
     """
+    sizes = {"seed": seed, "n_train": n_train, "n_test": n_test}
     if source == "rendered":
-        return rendered(seed=seed, n_train=n_train, n_test=n_test)
+        return rendered(**sizes)
     if source == "photos":
-        return photos(photographs(), seed=seed, n_train=n_train, n_test=n_test)
+        return photos(found("vehicles"), **sizes)
     if source == "ilsvrc":
-        return ilsvrc(data_root() / "ilsvrc2012", seed=seed, n_train=n_train, n_test=n_test)
+        return ilsvrc(data_root() / "ilsvrc2012", **sizes)
     raise ValueError(f"source='{source}' is not known: 'rendered', 'photos' or 'ilsvrc'.")
 
 
-def photographs():
-    """Return the folder of the two classes: data root/airplane_car, or else data root/pictures."""
-    usual, other = data_root() / "airplane_car", data_root() / "pictures"
-    return other if other.is_dir() and not usual.is_dir() else usual
+def found(name):
+    """Return where a data set lies: the first of its PLACES that exists, or else the first."""
+    places = [data_root() / place for place in PLACES[name]]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def dog_fish(*, seed=0, n_train=900, n_test=300):
     """Return the manifest of Koh & Liang's dogs against fish, photographs in data root/dog_fish."""
-    return photos(data_root() / "dog_fish", seed=seed, n_train=n_train, n_test=n_test)
+    return photos(found("dog_fish"), seed=seed, n_train=n_train, n_test=n_test)
 
 
 def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
@@ -101,11 +113,10 @@ def rendered(*, seed=0, n_train=1000, n_test=300, size=96):
     rows = [{**row, "file": home / f"{row['id']}.png"} for row in manifest.to_dict("records")]
     draw = partial(_draw, seed=seed, size=size)
     sums = stored.checkpoint(home)([home.name], lambda: np.array(draw(rows, "drawing")))
-    bad = [row for row, known in zip(rows, sums, strict=True) if checksum(row["file"]) != known]
+    bad = [k for k, row in enumerate(rows) if checksum(row["file"]) != sums[k]]
     if bad:
         print(f"{len(bad)} drawn pictures were missing or damaged: drawing them again.")
-        draw(bad, "drawing again")
-        if [checksum(row["file"]) for row in rows] != list(sums):
+        if draw([rows[k] for k in bad], "drawing again") != list(sums[bad]):
             raise ValueError(f"{home} was drawn by another OpenCV: run `make clean-cache`.")
     manifest.insert(1, "path", [str(row["file"]) for row in rows])
     manifest["seed"] = seed
@@ -196,12 +207,11 @@ def is_picture(path):
 
 
 def _refuse_twice(table):
-    """Raise where a file or an id occurs twice, or one picture in both classes; name equal ones."""
-    for column, what in (("path", "the same file"), ("id", "the same name")):
-        twice = table[table.duplicated(["label", "id"] if column == "id" else [column], keep=False)]
-        if len(twice):
-            first, second = twice.sort_values(["label", "id", "path"])["path"][:2]
-            raise ValueError(f"{first} and {second} have {what}: keep one, or rename it.")
+    """Raise where an id occurs twice, or one picture in both classes; name equal pictures."""
+    twice = table[table.duplicated(["label", "id"], keep=False)]
+    if len(twice):
+        first, second = twice.sort_values(["label", "id", "path"])["path"][:2]
+        raise ValueError(f"{first} and {second} have the same name: keep one, or rename it.")
     table = table.assign(bytes=[Path(p).stat().st_size for p in table["path"]])
     table = table[table.duplicated("bytes", keep=False)]  # only these can be equal
     table = table.assign(sum=[checksum(Path(p)) for p in table["path"]])
@@ -235,16 +245,8 @@ def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
             )
         rng = np.random.default_rng([seed, int(synset[1:])])
         chosen = sorted(rng.choice(members, wanted, replace=False))
-        tables.append(
-            pd.DataFrame(
-                {
-                    "path": [f"{path}!{m}" for m in chosen],
-                    "label": label,
-                    "subtype": subtype,
-                    "id": [Path(m).stem for m in chosen],
-                }
-            )
-        )
+        table = pd.DataFrame({"id": [Path(m).stem for m in chosen], "label": label})
+        tables.append(table.assign(path=[f"{path}!{m}" for m in chosen], subtype=subtype))
     return _split(pd.concat(tables), seed, n_train, n_test)
 
 
@@ -254,16 +256,11 @@ def _split(table, seed, n_train, n_test):
     for label, group in table.groupby("label"):
         if len(group) < n_train + n_test:
             raise ValueError(
-                f"Class '{label}' has {len(group)} pictures; {n_train} for training "
-                f"and {n_test} for testing were asked for."
+                f"Class '{label}' has {len(group)} pictures; {n_train} for training and {n_test} "
+                "for testing were asked for: lower n_train and n_test, in params/, or add pictures."
             )
-        train, test = train_test_split(
-            group,
-            train_size=n_train,
-            test_size=n_test,
-            stratify=group["subtype"],
-            random_state=seed,
-        )
+        sizes = {"train_size": n_train, "test_size": n_test, "random_state": seed}
+        train, test = train_test_split(group, stratify=group["subtype"], **sizes)
         parts += [train.assign(split="train"), test.assign(split="test")]
     manifest = pd.concat(parts).assign(flag="", twin="")
     manifest["id"] = manifest["label"] + "/" + manifest["id"]
@@ -296,8 +293,6 @@ def _members(path):
             f"{path} is no readable tar ({error}): unpack it if it is a .tar.gz, or download it "
             "again."
         ) from error
-    if any(start + size > Path(path).stat().st_size for start, size in found.values()):
-        raise BadPicture(f"{path} is cut off: download it again.")
     return found
 
 
@@ -369,15 +364,12 @@ def fingerprint(manifest):
 
 # -------------------------------------------------------------------- digits
 
-MNIST_MD5 = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+MNIST = {  # the idx files: bytes and md5 when unpacked
+    "train-images-idx3-ubyte": (47_040_016, "6bbc9ace898e44ae57da46a324031adb"),
+    "train-labels-idx1-ubyte": (60_008, "a25bea736e30d166cdddb491f175f624"),
+    "t10k-images-idx3-ubyte": (7_840_016, "2646ac647ad5339dbf082846283269ea"),
+    "t10k-labels-idx1-ubyte": (10_008, "27ae3e4e09519cfbb04c329615203637"),
 }
-MNIST_BYTES = dict(zip(MNIST_MD5, (47_040_016, 60_008, 7_840_016, 10_008), strict=True))
-
-
 MNIST_NPZ_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 
 
@@ -397,7 +389,7 @@ def mnist(source, *, seed=0):
         x, y = mnist_data()
         x, x_test, y, y_test = train_test_split(x, y, test_size=1000, stratify=y, random_state=seed)
     elif source == "idx":
-        x, y, x_test, y_test = (_idx(name) for name in MNIST_MD5)
+        x, y, x_test, y_test = (_idx(name) for name in MNIST)
     elif source == "keras":
         path = _keras_mnist()
         if checksum(path) != MNIST_NPZ_SHA256:
@@ -430,22 +422,40 @@ def _idx(name):
             f"{root / name}(.gz) is missing, one of the four MNIST idx files. Put it there, or use "
             f"mnist_source='keras': {BRING.format('mnist')}"
         )
-    size = MNIST_BYTES[name]
+    size, md5 = MNIST[name]
     data = _at_most(size, path, gzip.open if path.suffix == ".gz" else open)
-    if len(data) != size or hashlib.md5(data).hexdigest() != MNIST_MD5[name]:
-        raise ValueError(f"{path} is damaged: its content should have md5 {MNIST_MD5[name]}.")
-    dimensions = data[3]
-    shape = np.frombuffer(data, ">i4", dimensions, 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    if hashlib.md5(data).hexdigest() != md5:
+        raise ValueError(f"{path} is damaged: its content should have md5 {md5}.")
+    shape = np.frombuffer(data, ">i4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+@contextmanager
+def _damage_named(path):
+    """Say of any error of a file or an archive whose it is, and what to do."""
+    try:
+        yield
+    except ARCHIVE_ERRORS as error:
+        raise ValueError(f"{path} is damaged ({error}): get it again.") from error
 
 
 def _at_most(size, path, open_it):
     """Return the first size + 1 bytes of a file, packed or not: what is larger is not read."""
-    try:
-        with open_it(path, "rb") as stream:
-            return stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): get it again.") from error
+    with _damage_named(path), open_it(path, "rb") as stream:
+        return stream.read(size + 1)
+
+
+def unpacked(archive, wanted, *, most=math.inf):
+    """Yield (name, bytes) of the files of a packed tar whose name, a Path, `wanted` accepts.
+
+    ValueError where it is damaged, or unpacks to more than `most` bytes.
+    """
+    with _damage_named(archive), tarfile.open(archive, "r|*") as tar:
+        for member in tar:
+            if tar.offset > most:
+                raise ValueError(f"{archive} unpacks to more than {most:,} bytes: get it again.")
+            if member.isfile() and wanted(Path(member.name)):
+                yield Path(member.name), tar.extractfile(member).read()
 
 
 def two_classes(arrays, positive, negative):
@@ -464,30 +474,9 @@ def two_classes(arrays, positive, negative):
 
 DIABETES_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
 DIABETES_BYTES = 19_159_383
-DIABETES_SHAPE = (101_766, 50)
-COUNTS = [
-    "time_in_hospital",
-    "num_lab_procedures",
-    "num_procedures",
-    "num_medications",
-    "number_outpatient",
-    "number_emergency",
-    "number_inpatient",
-    "number_diagnoses",
-]
-UNUSED = [
-    "encounter_id",
-    "patient_nbr",
-    "weight",
-    "admission_type_id",
-    "admission_source_id",
-    "payer_code",
-    "medical_specialty",
-    "diag_1",
-    "diag_2",
-    "diag_3",
-    "readmitted",
-]
+COUNTS = ("time_in_hospital", "num_", "number_")  # how the names of these columns begin
+UNUSED = ("encounter_id", "patient_nbr", "weight", "admission_", "payer_code")
+UNUSED += ("medical_specialty", "diag_", "readmitted")
 CHILD = "[0-10)"
 
 
@@ -513,51 +502,28 @@ def diabetes():
 
     Read from data root/diabetes: dataset_diabetes.zip as distributed, or diabetic_data.csv.
     """
-    root = data_root() / "diabetes"
-    names = ("dataset_diabetes.zip", "diabetic_data.csv")
-    path = next((root / name for name in names if (root / name).exists()), None)
-    if path is None:
+    path = found("diabetes")
+    if not path.exists():
         raise DataMissing(
-            f"{root / names[0]} is missing (or {names[1]} from it), data set 296 of "
+            f"{path} is missing (or diabetic_data.csv from it), data set 296 of "
             f"archive.ics.uci.edu. {BRING.format('diabetes')}"
         )
     table = diabetes_table(path)
-    x, names = stay_features(table)
-    if len(names) != 127:
-        raise ValueError(f"{len(names)} features were made of {path}, not 127.")
-    return Cohort(table.assign(readmitted=table["readmitted"] == "<30"), x, names)
+    return Cohort(table.assign(readmitted=table["readmitted"] == "<30"), *stay_features(table))
 
 
 def diabetes_table(path):
     """Return the table in the zip as distributed, or in the CSV from it; ValueError if damaged."""
     if path.suffix == ".zip":
-        data = _member(path, "diabetic_data.csv", DIABETES_BYTES)
+        with _damage_named(path), zipfile.ZipFile(path) as archive:
+            name = "diabetic_data.csv"
+            inside = next((m for m in archive.namelist() if Path(m).name == name), name)
+            data = archive.open(inside).read(DIABETES_BYTES + 1)
     else:
         data = _at_most(DIABETES_BYTES, path, open)
     if hashlib.sha256(data).hexdigest() != DIABETES_SHA256:
         raise ValueError(f"{path} is damaged: its CSV should have sha256 {DIABETES_SHA256}.")
-    table = pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
-    if table.shape != DIABETES_SHAPE:
-        raise ValueError(f"{path} has {table.shape} rows and columns, not {DIABETES_SHAPE}.")
-    return table
-
-
-def _member(path, name, size):
-    """Return the bytes of the file called `name` in a zip, whose size is known."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = next(m for m in archive.namelist() if Path(m).name == name)
-            with archive.open(inside) as stream:
-                return stream.read(size + 1)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        StopIteration,
-    ) as error:
-        raise ValueError(f"{path} is no zip that holds {name}: download it again.") from error
+    return pd.read_csv(io.BytesIO(data), keep_default_na=False)  # "None" is a level, not a gap
 
 
 def stay_features(table):
@@ -566,9 +532,10 @@ def stay_features(table):
     A column of two levels gets one feature, of k > 2 levels k; one that never varies gets one, a
     constant, and the model has no intercept but these. Koh & Liang 2017, section 5.1.
     """
-    levels = [c for c in table if c not in COUNTS and c not in UNUSED]
+    counts = [c for c in table if c.startswith(COUNTS)]
+    levels = [c for c in table if not c.startswith(COUNTS + UNUSED)]
     pipeline = make_column_transformer(
-        ("passthrough", COUNTS),
+        ("passthrough", counts),
         (OneHotEncoder(drop="if_binary", sparse_output=False), levels),
         verbose_feature_names_out=False,
     )
@@ -608,6 +575,7 @@ def planted_cohort(*, seed=0, n=90_000, child_effect=-2.5):
 
 # -------------------------------------------------------------------- e-mail
 
+MOST_BYTES = 10**8  # of all e-mails unpacked: they have 9 MB
 ENRON_SHA256 = "9895dd8b31c4ce457add710d25b590dfe4c103f8113e01cfd9a07ce616b81c7a"
 
 
@@ -618,8 +586,7 @@ def enron(*, seed=0, min_df=5):
     e-mails, as Koh & Liang had it; they also lemmatised. Read from data root/spam: enron1.tar.gz,
     or its unpacked folder enron1.
     """
-    root = data_root() / "spam"
-    mails = enron_mails(root / "enron1.tar.gz" if (root / "enron1.tar.gz").exists() else root)
+    mails = enron_mails(found("enron"))
     texts = [text.decode("latin-1") for _, text in mails]
     y = np.array([name.startswith("spam") for name, _ in mails], np.int64)
     size = len(y) - int(0.8 * len(y))
@@ -634,7 +601,7 @@ def enron(*, seed=0, min_df=5):
 def enron_mails(path):
     """Return the e-mails as (spam or ham/file name, bytes), sorted by name; ValueError if damaged.
 
-    path : enron1.tar.gz, or the folder that holds the unpacked enron1.
+    path : enron1.tar.gz, or the folder enron1 from it.
     """
     mails = _enron1(path)
     digest = hashlib.sha256(b"".join(name.encode() + text for name, text in mails)).hexdigest()
@@ -647,30 +614,14 @@ def enron_mails(path):
 
 
 def _enron1(path):
-    if path.name.endswith(".gz"):
-        found = _unpacked(path, 10**8)
-    elif (path / "enron1").is_dir():
-        found = {str(p.relative_to(path)): p.read_bytes() for p in path.glob("enron1/*/*.txt")}
-    else:
+    if not path.exists():
         raise DataMissing(
-            f"{path / 'enron1.tar.gz'} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. "
-            f"2006). {BRING.format('enron')}"
+            f"{path} is missing: 3,672 ham and 1,500 spam e-mails (Metsis et al. 2006). "
+            f"{BRING.format('enron')}"
         )
-    parts = [(Path(name).parts[-2:], data) for name, data in sorted(found.items())]
-    return [("/".join(p), data) for p, data in parts if p[0] in ("spam", "ham")]
-
-
-def _unpacked(path, most):
-    """Return {name: bytes} of a packed tar's files, or refuse more than `most` bytes in words."""
-    found, total = {}, 0
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                total += member.size
-                if total > most:
-                    raise ValueError(f"{path} unpacks to more than {most:,} bytes: get it again.")
-                if member.isfile():
-                    found[member.name] = tar.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole .tar.gz ({error}): get it again.") from error
-    return found
+    if path.is_dir():
+        files = {p: p.read_bytes() for p in path.glob("*/*.txt")}
+    else:
+        files = dict(unpacked(path, lambda name: name.suffix == ".txt", most=MOST_BYTES))
+    mails = [(f"{p.parent.name}/{p.name}", data) for p, data in files.items()]
+    return sorted(mail for mail in mails if mail[0].startswith(("spam/", "ham/")))

@@ -198,12 +198,8 @@ def draw(row, *, seed=0, size=96):
 
     The scene comes from (seed, scene), the private jitter and noise from (seed, index).
     """
-    row = row if hasattr(row, "keys") else row._asdict()
-    rng = np.random.default_rng([seed, int(row["scene"])])
     own = np.random.default_rng([seed, 1_000_003 + int(row["index"])])
-    small = row["flag"] in ("near_duplicate", "ambiguous")  # else the twins influence nothing
-    camera, e = _camera(rng, row["background"], 2 * size, small)
-    canvas = _backdrop(rng, row["background"], 2 * size, camera, e)
+    rng, camera, canvas = _scene(row, seed, size)
     if row["flag"] == "ambiguous":
         behind, _ = _camera(rng, "apron", 2 * size, False)
         behind[3][1] -= 0.25 * size  # above the racer, which must not hide it
@@ -214,16 +210,21 @@ def draw(row, *, seed=0, size=96):
 
 def silhouette(row, *, seed=0, size=96):
     """Return where the object of a drawn picture is, (size, size) bool, hidden parts included."""
-    rng = np.random.default_rng([seed, int(row["scene"])])
-    small = row["flag"] in ("near_duplicate", "ambiguous")
-    camera, e = _camera(rng, row["background"], 2 * size, small)
-    _backdrop(rng, row["background"], 2 * size, camera, e)  # the generator moves on as in `draw`
+    rng, camera, canvas = _scene(row, seed, size)
     points, firsts, _ = _mesh(row["subtype"])
     pixels = _see(points * rng.uniform(0.9, 1.1, 3), camera)[0].astype(np.int32)
-    mask = np.zeros((2 * size, 2 * size), np.uint8)
+    mask = np.zeros(canvas.shape[:2], np.uint8)
     for corners in np.split(pixels, firsts[1:]):
         cv2.fillPoly(mask, [corners], 255)
     return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA) > 127
+
+
+def _scene(row, seed, size):
+    """Return a row's random generator, its camera and its background, twice the picture's size."""
+    rng = np.random.default_rng([seed, int(row["scene"])])
+    small = row["flag"] in ("near_duplicate", "ambiguous")  # else the twins influence nothing
+    camera, e = _camera(rng, row["background"], 2 * size, small)
+    return rng, camera, _backdrop(rng, row["background"], 2 * size, camera, e)
 
 
 def _manifest(groups, rng):

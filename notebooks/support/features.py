@@ -121,17 +121,13 @@ def extract(manifest, backbone, *, batch_size=64, cache=None):
     model = stored.key(backbone)
 
     def part(rows):
-        compute = partial(_measured, rows, backbone, batch_size)
-        return keep([model, datasets.fingerprint(rows)], compute)
+        images = partial(datasets.pictures, rows, backbone.size)
+        decides = [model, datasets.fingerprint(rows)]
+        return keep(decides, lambda: measure(images(), backbone, batch_size=batch_size))
 
     starts = range(0, len(manifest), batch_size)
     bar = tqdm(starts, f"{backbone.name} features", unit="batch", leave=False)
     return np.concatenate([part(manifest[i : i + batch_size]) for i in bar])
-
-
-def _measured(rows, backbone, batch_size):
-    pictures = datasets.pictures(rows, backbone.size)
-    return measure(pictures, backbone, batch_size=batch_size)
 
 
 def measure(pictures, backbone, *, batch_size=64):

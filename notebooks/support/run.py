@@ -12,6 +12,7 @@ A run writes into runs/<profile>/ and nowhere else; `--promote` copies it to wha
 
 import argparse
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -25,10 +26,10 @@ from typing import NamedTuple
 
 import joblib
 import nbformat
-import numpy as np
 import papermill
 import yaml
 from filelock import FileLock
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tqdm import tqdm
 
 from support import datasets, fetch, pages, stored
@@ -38,6 +39,8 @@ from support.stored import ROOT, data_root, folder, named_folder, write
 
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 MISSING = "not applicable"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {"name": "python"}
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
 
 
@@ -46,31 +49,24 @@ def declared_parameters(notebook):
     cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise ValueError(f"a notebook needs one cell tagged 'parameters', found {len(cells)}")
-    declared = {}
-    for statement in ast.parse(cells[0].source).body:
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
-            raise ValueError(f"parameters cell, line {statement.lineno}: only `name = literal`")
-        try:
-            declared[statement.targets[0].id] = ast.literal_eval(statement.value)
-        except ValueError as error:
-            text = ast.unparse(statement)
-            raise ValueError(f"parameters cell: `{text}` is no literal") from error
-    return declared
+    try:
+        body = ast.parse(cells[0].source).body
+        return {name.id: ast.literal_eval(line.value) for line in body for name in line.targets}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"parameters cell: only `name = literal` ({error})") from error
 
 
 def plain(value):
     """Return a parameter as JSON has it: lists for tuples and arrays, numbers for NumPy's."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"a parameter is a number, text, a list or a dict, not {value!r}")
+
+    def other(value):
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise ValueError(f"a parameter is a number, text, a list or a dict, not {value!r}")
+
+    return json.loads(json.dumps(value, default=other))
 
 
 def checked(given, declared):
@@ -79,56 +75,35 @@ def checked(given, declared):
     for name, value in given.items():
         if name not in declared:
             raise ValueError(f"unknown parameter '{name}'; there are {', '.join(sorted(declared))}")
-        default = plain(declared[name])
-        allowed = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (
-            isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, allowed)
-        ):
-            hint = " (YAML floats need a dot: 1.0e-3)" if isinstance(value, str) else ""
+        kind, its = type(plain(declared[name])), type(value)
+        if kind not in (type(None), its) and (kind, its) != (float, int):
+            hint = " (YAML floats need a dot: 1.0e-3)" if its is str else ""
             raise ValueError(
-                f"parameter '{name}' is a {type(default).__name__} like {default!r}; "
-                f"{value!r} is a {type(value).__name__}{hint}"
+                f"parameter '{name}' is a {kind.__name__} like {declared[name]!r}; "
+                f"{value!r} is a {its.__name__}{hint}"
             )
     return given
 
 
 def tidy(notebook, *, injected=True):
     """Drop what changes from run to run; `injected=False` also drops the injected parameters."""
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3 (ipykernel)",
-        "language": "python",
-        "name": "python3",
-    }
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
     if not injected:
         notebook.cells = [
             c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
         ]
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = _joined([o for o in cell.outputs if not _passing(o)])
-    return notebook
+            cell.outputs = [o for o in cell.outputs if not _passing(o)]
+    return CoalesceStreamsPreprocessor().preprocess(notebook, {})[0]
 
 
 def _passing(output):
     """Return whether an output is stderr or a widget, dead once its kernel has ended."""
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     return widget or output.get("name") == "stderr"
-
-
-def _joined(outputs):
-    """Return outputs with pieces of one stream joined: where they were cut is chance."""
-    joined = []
-    for output in outputs:
-        if joined and output.output_type == joined[-1].output_type == "stream":
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
 
 
 def run(source, target, parameters=None):

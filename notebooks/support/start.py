@@ -1,7 +1,6 @@
 """The first call of every notebook: quiet logs, seeds and float64, before TensorFlow starts."""
 
 import os
-import random
 import sys
 import warnings
 from functools import partialmethod
@@ -53,7 +52,6 @@ def start(profile="demo", seed=0, *, threads=None):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")  # Keras freezes its first policy; floatx is not enough
     keras.utils.set_random_seed(seed)
-    random.seed(seed)
     if profile == "demo":
         tf.config.experimental.enable_op_determinism()
     from support import figures

@@ -101,12 +101,10 @@ def write(path, data):
 def put(path, content, **made):
     """Write a result, a text or a dict of arrays (.npz), and its record; return its sha256.
 
-    made : what the result was made from, for the record.
+    made : what the result was made from, for the record. Objects are refused: nothing is pickled.
     """
     if isinstance(content, dict):
-        if any(np.asarray(a).dtype.hasobject for a in content.values()):
-            raise TypeError(f"{path.name}: arrays of Python objects are not stored.")
-        np.savez(buffer := io.BytesIO(), **content)
+        np.savez(buffer := io.BytesIO(), allow_pickle=False, **content)
     data = buffer.getvalue() if isinstance(content, dict) else content.encode()
     record = {"sha256": hashlib.sha256(data).hexdigest(), **made}
     write(path, data)
