@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+from itertools import pairwise
 
 import cv2
 import matplotlib
@@ -239,6 +240,27 @@ def test_agreement_curves_and_galleries_are_drawn():
     plt.close("all")
 
 
+@pytest.mark.parametrize("symlog", [None, 0.01])
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 0.3, 40, 1e6])
+@pytest.mark.parametrize("low", [-1, -0.01])
+def test_agreement_has_few_ticks_that_do_not_overlap(scale, low, symlog):
+    import matplotlib.pyplot as plt
+
+    figures.style()
+    x = scale * np.linspace(low, 0.7, 30)
+    figure = figures.agreement(dict.fromkeys("abc", (x, 0.9 * x)), symlog=symlog, colour=x)
+    figure.set_size_inches(6.9, 6.9 / 3.3 / 3 * 3.5)  # as `save` prints it
+    figure.canvas.draw()
+    for panel in figure.axes[:3]:
+        for axis in (panel.xaxis, panel.yaxis):
+            low_end, high_end = axis.get_view_interval()
+            ticks = [t for t in axis.get_major_ticks() if low_end <= t.get_loc() <= high_end]
+            assert 2 <= len(ticks) <= 5
+            boxes = [t.label1.get_window_extent() for t in ticks if t.label1.get_visible()]
+            assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    plt.close("all")
+
+
 def test_captions_name_index_kind_and_influence():
     table = pd.DataFrame({"subtype": ["jeep", "sports_car"]})
     shown = figures.captions(table, [1, 0], [0.01234, -2e-5])
@@ -300,7 +322,7 @@ def test_names_from_data_are_text_in_every_page(name):
     page = {"np": np, "cv2": cv2, "base64": base64, "html": html, "HTML": str}
     page |= {"kinds": kinds, "test_kinds": kinds, "train_pictures": pictures, "order": order}
     page |= {"test_pictures": pictures, "changes": np.eye(20), "test_loss": np.ones(20)}
-    page["same_class"] = np.ones((20, 20), int)
+    page |= {"actual_of_all": np.eye(20), "margin": np.ones(20)}
     for source in explorer:
         exec(source, page)
     claim_of_it = claim("a", name, 1, at_least=0)
@@ -310,12 +332,26 @@ def test_names_from_data_are_text_in_every_page(name):
     )
     code = nbformat.v4.new_code_cell("f()", outputs=[table], execution_count=1)
     of_notebook = pages.of_notebook(nbformat.v4.new_notebook(cells=[code]))
-    for text in (page["explore"](), of_notebook, pages._markdown_row([name, name])):
+    for text in (page["explore"](0), of_notebook, pages._markdown_row([name, name])):
         assert "<img src=x" not in text
         assert "<script>alert" not in text
     rows = pages._markdown_row([name, "end"])
     assert len(re.findall(r"(?<!\\)\|", rows)) == 3
     figures.save(figures.gallery(pictures[:2], [name, name], titles=[name]), "03_a", "demo")
+
+
+def test_the_explorer_is_read_without_a_mouse_a_script_or_eyes():
+    """Every picture has a text, every test picture opens by the keyboard, and the link leads on."""
+    page = pages.of_notebook(nbformat.read(NOTEBOOKS / "04_influence.ipynb", 4))
+    opened = re.findall(r"<details.*?</details>", page, re.DOTALL)
+    assert len(opened) >= 6
+    for part in opened:
+        assert re.match(r"<details ><summary>test \d+: .+, margin -?\d", part)
+        assert part.count("<img") == 9
+        assert len(set(re.findall(r'alt="((?:test|training) picture \d+)"', part))) == 9
+        assert part.count("actual ") == part.count("predicted ") == 8
+    assert 'href="#refits"' in page
+    assert page.count('id="refits"') == 1
 
 
 def test_an_executed_notebook_asks_no_other_host():

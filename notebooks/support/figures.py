@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from IPython.display import Image
-from matplotlib.image import _ImageBase
+from matplotlib.image import AxesImage, BboxImage, FigureImage
+from matplotlib.ticker import FixedLocator
 from PIL import Image as Raster
 from PIL.PngImagePlugin import PngInfo
 
@@ -26,15 +27,13 @@ def style():
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind")
     kinds = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize")
     kinds += ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
-    plt.rcParams.update(dict.fromkeys(kinds, 8))
-    plt.rcParams.update(
-        {"figure.dpi": 80, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
-    )
+    settings = dict.fromkeys(kinds, 8) | {"figure.dpi": 80, "pdf.fonttype": 42}
+    plt.rcParams.update(settings | {"figure.constrained_layout.use": True})
 
 
 def shows_pictures(figure):
     """Return whether a figure holds any raster: a photograph, a digit, or a map of values."""
-    return bool(figure.findobj(_ImageBase))
+    return any(map(figure.findobj, (AxesImage, BboxImage, FigureImage)))
 
 
 def save(figure, name, profile, **numbers):
@@ -68,14 +67,16 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
 
     panels : {name: (predicted (k,), actual (k,))}; colour : (k,) values that colour the dots;
     titles : {name: text}, by default each name with its r and slope; symlog : axes are linear up to
-    this value and logarithmic beyond.
+    this value and logarithmic beyond, if any value lies there.
     """
     from support.evaluation import agreement as measured
 
-    size = (3.3 * len(panels), 3.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3.5), squeeze=False)
     values = np.array(list(panels.values()), float)
     ends = np.nanmin(values), np.nanmax(values)
+    passed = np.array([-1, 1]) * ends  # how far each side goes; `last`: its last power of ten
+    sides = zip((-1, 1), passed, strict=True)
+    last = [s * 10.0 ** np.floor(np.log10(e)) for s, e in sides if e > (symlog or 0)]
     cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
@@ -83,13 +84,12 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
         dots = axis.scatter(predicted, actual, c=colour, s=12, cmap=cmap)
         text = f"{name}\nr {found.r:.2f}, slope {found.slope:.2f}"
         axis.set(title=(titles or {}).get(name, text), xlabel=f"predicted change ({unit})")
-        if symlog:
-            axis.set_xscale("symlog", linthresh=symlog)
-            axis.set_yscale("symlog", linthresh=symlog)
-            axis.xaxis.get_major_locator().set_params(numticks=5)  # else labels overlap
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.tick_params(labelsize=7)  # seven ticks fit a panel
+        axis.locator_params(nbins=3)  # more labels overlap
+        for scale, one in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
+            if symlog and max(passed) > symlog:
+                scale("symlog", linthresh=symlog)
+                one.set_major_locator(FixedLocator([0, *last]))
+            one.set_major_formatter("{x:g}")
         axis.set(box_aspect=1)  # the line's ends give all axes the same limits
         axis.label_outer()
     axes[0, 0].set_ylabel(f"actual change ({unit})")
