@@ -177,8 +177,9 @@ class Objective:
     def _copy(self):
         part = copy.copy(self)
         part.compiled = {}
-        for cached in ("head", "_assign", "_batch_losses"):
-            part.__dict__.pop(cached, None)
+        for name, value in vars(Objective).items():  # nothing that was computed from other data
+            if isinstance(value, cached_property):
+                part.__dict__.pop(name, None)
         return part
 
     def examples(self, x, y):

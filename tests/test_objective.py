@@ -155,3 +155,20 @@ def test_batches_follow_the_memory_budget():
     assert whole.data.batch_size == 20
     assert 1 <= small.data.batch_size < 20
     assert sum(len(weight) for *_, weight in small.data.each()) == 20
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_subset_knows_nothing_of_the_other_examples(used):
+    """Whatever was computed of the whole before: the closed forms are those of the subset."""
+    rng, rows = np.random.default_rng(0), [0, 3, 3, 5, 7]
+    x, y = rng.normal(size=(12, 4)), rng.integers(0, 3, 12)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    whole = Objective(model, loss, x, y, weight_decay=0.1)
+    if used:
+        Hessian(whole).dense(), whole.training_loss(), whole.gradient(), whole.derivatives
+    part, alone = whole.subset(rows), Objective(model, loss, x[rows], y[rows], weight_decay=0.1)
+    np.testing.assert_array_equal(part.head.phi, alone.head.phi)
+    np.testing.assert_allclose(Hessian(part).dense(), Hessian(alone).dense(), rtol=1e-12)
+    np.testing.assert_allclose(part.gradient(), alone.gradient(), rtol=1e-12)
+    assert part.training_loss() == pytest.approx(alone.training_loss(), rel=1e-12)
