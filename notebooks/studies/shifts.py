@@ -14,9 +14,9 @@ import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
-from scipy import stats
 from tqdm.auto import tqdm
 
+from helpers import fit_head, predicted_loss_change, s_test
 from support import drawings, evaluation, features
 
 LIGHT = (40, 70, 100, 130, 160)  # grey levels; thesis: 100
@@ -284,45 +284,52 @@ def measure_attacked(pictures, y, backbone, keep, weights, *, bias=0.0, **option
     return Attacked(phi, rounded, values[:, -1])
 
 
-def kept(changes, clean, *, k=50, p=0.9):
+def kept(changes, clean):
     """Return how much of the most helpful training pictures stays, a row a test picture.
 
     changes, clean : (m, n), predicted loss changes on the shifted and on the clean pictures.
-    "shared of 5" of the five most helpful, "Jaccard 5" and "Jaccard 50", the intersection over the
-    union, and "RBO", the rank-biased overlap (Webber et al. 2010) over k places.
+    "shared of k" of the k most helpful.
     """
-    order, before = (np.argsort(-c, axis=1, kind="stable")[:, :k] for c in (changes, clean))
-    place = np.full(changes.shape, k)
-    np.put_along_axis(place, order, np.arange(k)[None], axis=1)
-    later = np.maximum(np.take_along_axis(place, before, axis=1), np.arange(k))
-    common = (later[:, None, :] <= np.arange(k)[:, None]).sum(2)  # shared at depth 1, ..., k
-    weight = (1 - p) * p ** np.arange(k) / (1 - p**k)
-    five, all_k = common[:, 4], common[:, -1]
-    columns = {"shared of 5": five / 5, "Jaccard 5": five / (10 - five)}
-    columns |= {f"Jaccard {k}": all_k / (2 * k - all_k)}
-    return pd.DataFrame(columns | {"RBO": (common / np.arange(1, k + 1)) @ weight})
+    found = {}
+    for k in (5, 10):
+        new, old = (np.argsort(-c, axis=1, kind="stable")[:, :k] for c in (changes, clean))
+        found[f"shared of {k}"] = (new[:, :, None] == old[:, None]).sum((1, 2)) / k
+    return pd.DataFrame(found)
 
 
 def describe(changes, clean, wrong, wrong_clean, same_kind):
     """Return what a shift does to the influences on m test pictures, a row a picture.
 
+    "loss" and "logit" are ratios of variances, shifted over clean, of the influences on the loss
+    and on the logit, which are those without the residual.
     changes, clean : (m, n), as in `kept`; wrong, wrong_clean : (m,), 1 - p(true) on both;
     same_kind : (m, n) bool, training pictures of the test picture's kind.
     """
     size, norms = np.abs(changes), np.linalg.norm(changes, axis=1) * np.linalg.norm(clean, axis=1)
+    scale, ratio = wrong / wrong_clean, changes.var(1) / clean.var(1)
     columns = {
         "p drop": wrong - wrong_clean,
-        "scale": wrong / wrong_clean,
+        "scale": scale,
         "variance": changes.var(1),
-        "variance ratio": changes.var(1) / clean.var(1),
-        "skew": stats.skew(changes, axis=1),
-        "kurtosis": stats.kurtosis(changes, axis=1),
+        "loss": ratio,
+        "logit": ratio / scale**2,
         "r with clean": (changes * clean).sum(1) / norms,
         "same kind": (size * same_kind).sum(1) / size.sum(1),
-        "harm": np.minimum(changes, 0).sum(1),
-        "row": np.arange(len(changes)),
     }
     return pd.DataFrame(columns).join(kept(changes, clean))
+
+
+def bootstrap_changes(head, x, y, seed):
+    """Return the predicted loss changes (m, n) of a head trained on a bootstrap sample.
+
+    The influences of all n training pictures, each once, on examples x (m, d), y; only theta is
+    that of the sample. head : the objective of all pictures, which stays as it is.
+    """
+    rows = np.random.default_rng(seed).integers(0, head.n, head.n)
+    sample = head.subset(rows)
+    with head.at(head.theta):
+        fit_head(sample)  # the model is shared
+        return predicted_loss_change(head, s_test(head, x, y, damping=0.0))
 
 
 def speedups(pictures, y, backbone, weights, *, rounds=2):
