@@ -346,7 +346,7 @@ def test_the_explorer_is_read_without_a_mouse_a_script_or_eyes():
     opened = re.findall(r"<details.*?</details>", page, re.DOTALL)
     assert len(opened) >= 6
     for part in opened:
-        assert re.match(r"<details ><summary>test \d+: .+, margin -?\d", part)
+        assert re.match(r"<details ?><summary>test \d+: .+, margin -?\d", part)
         assert part.count("<img") == 9
         assert len(set(re.findall(r'alt="((?:test|training) picture \d+)"', part))) == 9
         assert part.count("actual ") == part.count("predicted ") == 8
