@@ -45,7 +45,7 @@ test: .venv/ready  ## unit tests, and every notebook against its stored outputs,
 	$(TEST) -n $(or $(JOBS),logical) notebooks/0[3-9]_*.ipynb notebooks/1[0-5]_*.ipynb tests
 	$(TEST) -n 0 notebooks/16_*.ipynb
 
-rehearsal: .venv/ready  ## does every notebook of `make thesis` run? on six tars of drawn pictures (half an hour)
+rehearsal: .venv/ready  ## does every notebook of `make thesis` run? on six tars of drawn pictures
 	$(BIN)/python -m pytest -m rehearsal tests/test_thesis_rehearsal.py
 
 lab: .venv/ready  ## open JupyterLab

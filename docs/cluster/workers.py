@@ -3,9 +3,9 @@
     python docs/cluster/workers.py               # workers on this machine, one a core
     python docs/cluster/workers.py tcp://node1:8786
 
-Edit what is marked EDIT. A worker gets one number and returns a few: what limits many workers is
-that the pieces are as long as the longest of them, and each worker's own start (about five
-seconds, TensorFlow's import and the first tracing).
+Edit what is marked EDIT. A worker gets one number and returns a few, so that many workers are
+limited by the longest piece, and by their own start: about five seconds, TensorFlow's import and
+the first tracing.
 """
 
 import sys

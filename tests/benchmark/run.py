@@ -164,15 +164,6 @@ def classes():
     return rows
 
 
-def slopes(rows):
-    """Return the slope of log seconds in log value over the last step of each axis, of ours."""
-    found = {}
-    for axis, part in pd.DataFrame(rows).query("method == 'ours'").groupby("axis"):
-        last = part.sort_values("value").tail(2)
-        found[axis] = float(np.diff(np.log(last["seconds"]))[0] / np.diff(np.log(last["value"]))[0])
-    return found
-
-
 def together():
     """Return the time ratios of many right-hand sides on the softmax head of the digits, p 640.
 
@@ -307,7 +298,7 @@ def leave_one_out(few=3):
 
 
 def draw(rows, path):
-    """Write the log-log picture of cost against n, d and m."""
+    """Write the log-log picture of cost against n, d, m and C."""
     table = pd.DataFrame(rows)
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.85)
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
@@ -469,7 +460,6 @@ def main():
         "refits": fits,
         "leave one out": left_out,
         "scaling": swept,
-        "slopes": slopes(swept),
     }
     (folder / "benchmark.json").write_text(
         json.dumps(record, indent=1, default=float) + "\n", encoding="utf-8"
