@@ -34,7 +34,7 @@ FEW = """
 10_mislabel_study: {seeds: 2, few_seeds: 2, table_seeds: 1, n_digits: 200}
 11_attack_study: {
   n_train: 60, sizes: [96], n_targets: [[2, 1, 1]], steps: 3, shortlist: 5, n_recall: 1, pool: 20,
-  n_many: 4, many_steps: 3, n_saved: 1, batch: 8, changes: [{size: 128}], n_changed: 1,
+  n_many: 4, many_steps: 3, n_saved: 2, batch: 8, changes: [{size: 128}], n_changed: 1,
   mislabelled: []}
 12_shifted_tests: {
   n_pictures: 20, n_attacked: 8, n_graded: 6, n_special: 4, rounds: 2, surrogate_epochs: 1}
