@@ -83,6 +83,8 @@ def test_claims_that_can_not_be_asked_or_are_not_well_put():
     planted = claim("a", "", 0.9, at_least=0.5, interval=(0.8, 1), applies=False)
     assert planted["verdict"] == "not applicable"
     assert planted["value"] is None
+    once = claim("a", "", evaluation.mean_of([3.0]), interval_above=0)
+    assert (once["verdict"], once["value"]) == ("not applicable", None)
     with pytest.raises(ValueError, match="bounds are at_least"):
         claim("a", "", 1, as_much_as=2)
     with pytest.raises(ValueError, match="bounds"):

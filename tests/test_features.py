@@ -170,14 +170,14 @@ def test_unknown_backbones_and_absent_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["InceptionV3", "MobileNetV2", "ResNet50", "EfficientNetB0"])
 def test_missing_weights_are_named_and_not_downloaded(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.file_utils.config, "keras_home", lambda: str(tmp_path))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(features.file_utils, "urlretrieve", lambda *_: pytest.fail("a download"))
     with pytest.raises(FileNotFoundError, match=r"models/.*\.h5 is missing.* Get it from https://"):
         features.load_backbone(name)
 
 
 def test_damaged_weights_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.file_utils.config, "keras_home", lambda: str(tmp_path))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     name = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / name).write_bytes(b"cut off")

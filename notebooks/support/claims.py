@@ -51,7 +51,8 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
     bound : one of at_least=, at_most=, above=, below=, within=(low, high), equal=, and
     of the interval, interval_above= (its lower end) and interval_holds= (a published number).
     of : whose claim it is, "paper", "thesis", or "here" (ours); published : their number.
-    applies : False where this profile can not put it to the test.
+    applies : False where this profile can not put it to the test; one repetition has no interval
+    to ask it of.
     """
     ((kind, limit),) = bound.items()
     if kind not in BOUNDS or of not in SOURCES:
@@ -61,8 +62,8 @@ def claim(id, text, value, *, of="here", published=None, interval=None, applies=
     if hasattr(value, "interval"):
         value, interval = value.mean, value.interval
     if interval is not None and not np.isfinite(np.asarray(interval, float)).all():
-        interval = None
-    if kind.startswith("interval") and value is not None and interval is None:
+        interval, applies = None, applies and not kind.startswith("interval")
+    elif kind.startswith("interval") and value is not None and interval is None:
         raise ValueError(f"claim {id}: {kind} asks it of an interval, and there is none")
     stated = {"id": id, "claim": text, "of": of, "published": published, kind: limit}
     known = {"value": value if applies else None, "interval": interval if applies else None}

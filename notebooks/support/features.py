@@ -62,7 +62,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
 
 def _on_disk(name, origin, *, cache_subdir="models", file_hash=None, **_):
     """Return the path of a file of Keras's cache; Keras's own `get_file` would download it."""
-    path = Path(file_utils.config.keras_home()).expanduser() / cache_subdir / name
+    path = stored.keras_home() / cache_subdir / name
     if not path.exists():
         raise stored.DataMissing(
             f"{path} is missing, and nothing is downloaded behind your back. `make data "

@@ -312,7 +312,8 @@ def draw(rows, path):
         panel.set_xticks(values, [f"{value:,}" for value in values], minor=False)
         panel.set_xticks([], minor=True)
     axes[0].set_ylabel("seconds for all m x n influences")
-    axes[0].legend()
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
     figure.suptitle("One factorisation for all pairs, on a logistic head (n 2,000, p 1,024, m 100)")
     figure.savefig(path, dpi=100)
 
