@@ -110,11 +110,11 @@ class Case:
     ----------
     objective, checkpoints : what `fit` returns.
     accuracy : on all test points.
-    x, y : the m test points chosen by `evaluation.choose_test_points`.
+    x, y : the m test points of `like`, another Case, or chosen by `evaluation.choose_test_points`.
     gradients : (p, m), of their losses; solve : the Solvers of the objective.
     """
 
-    def __init__(self, problem, seed):
+    def __init__(self, problem, seed, like=None):
         self.problem, self.seed = problem, seed
         self.objective, self.checkpoints = fit(problem, problem.y, seed)
         losses = self.objective.losses(problem.x_test, problem.y_test)
@@ -123,7 +123,8 @@ class Case:
         correct = guess == problem.y_test
         rules = evaluation.choose_test_points(losses, correct, seed=seed)
         rows = np.concatenate(list(rules.values()))
-        self.accuracy, self.x, self.y = correct.mean(), problem.x_test[rows], problem.y_test[rows]
+        points = (problem.x_test[rows], problem.y_test[rows]) if like is None else (like.x, like.y)
+        self.accuracy, self.x, self.y = correct.mean(), *points
         self.gradients = per_example_gradients(self.objective, self.x, self.y).T
         self.solve = Solvers(self.objective)
 
@@ -156,14 +157,31 @@ class Solvers:
         return (vectors * values) @ vectors.T
 
 
-def damping_sweep(case, method, dampings, kept, losses):
-    """Return the LDS of a method of `Solvers` with each damping.
+def mean_change(cases, method, damping):
+    """Return the predicted loss changes of a method of `Solvers`, mean over Cases, (m, n)."""
+    pairs = [(c.objective, c.solve(method, c.gradients, damping)) for c in cases]
+    return np.mean([predicted_loss_change(*pair) for pair in pairs], axis=0)
 
-    kept : (n, k) bool, subsets of the training points; losses : (m, k), after training on each.
+
+def noise_ceiling(losses, seed):
+    """Return the highest rank correlation that mean losses allow: [mean, low, high].
+
+    losses : (m, k, seeds), after training on k subsets from each seed. If those of two halves of
+    the seeds correlate with r, the mean of all has reliability 2r / (1 + r) (Spearman 1910, Brown
+    1910), and nothing that knows the subset alone correlates with it by more than the root of that.
+    The interval is a 95 % bootstrap over test points.
     """
-    change = partial(predicted_loss_change, case.objective)
-    found = [change(case.solve(method, case.gradients, damping)) for damping in dampings]
-    return [evaluation.datamodelling_score(f, kept, losses, draws=1).mean for f in found]
+    halves = zip(losses[..., ::2].mean(2), losses[..., 1::2].mean(2), strict=True)
+    r = [evaluation.agreement(*pair).rank for pair in halves]
+    r = np.clip(evaluation.bootstrap_of_mean(r, [seed, 9]), 0, 1)
+    return np.sqrt(2 * r / (1 + r))
+
+
+def mean_predictions(cases, dampings):
+    """Return {method: mean of `predictions` over Cases}, and the Hessian products of the first."""
+    found = [predictions(case, dampings) for case in cases]
+    mean = {m: np.mean([of[m] for of, _ in found], axis=0) for m in found[0][0]}
+    return mean, found[0][1]
 
 
 def predictions(case, dampings):
@@ -240,16 +258,16 @@ def retrained(case, kept, seeds):
     return np.stack(losses, axis=1).reshape(len(case.y), k, seeds)
 
 
-def left_out(case, exact, *, n_top, n_random, keep):
+def left_out(case, predicted, *, n_top, keep):
     """Return which training points are left out one at a time (k,), and the loss changes (m, k).
 
-    Of each row of the predictions `exact` (m, n) the n_top largest, and n_random random points.
+    The union over methods of the n_top largest predictions for each test point, so that no method
+    chooses the points by which another is judged; predicted : {method: (m, n)}, one of them random.
     A head is refitted exactly; a network is trained on from where it stands, its statistics frozen.
     keep : a `stored.checkpoint`.
     """
-    objective, rng = case.objective, np.random.default_rng([case.seed, 6])
-    some = rng.choice(objective.n, n_random, replace=False)
-    rows = np.unique(np.concatenate([some, *(evaluation.top(row, n_top) for row in exact)]))
+    objective, every = case.objective, np.concatenate(list(predicted.values()))
+    rows = np.unique([evaluation.top(row, n_top) for row in every])
     if objective.head:
         removals = Removals(objective)
         thetas = removals.exact(rows)
@@ -288,10 +306,10 @@ def suspicion(case, labels, dampings):
     return found | {"neighbours": differ.mean(1) + 1e-6 * tie, "random": chance}
 
 
-def costs(case, cg_products, retrainings):
-    """Return {method: cost} for the m test points, in gradients of the training loss (6np flops).
+def costs(case, cg_products):
+    """Return {method: cost} for the m test points of one model, in gradients of its training loss.
 
-    cg_products : Hessian products that CG took; retrainings : on halves, for the datamodel.
+    One of them is 6np operations. cg_products : Hessian products that CG took.
     """
     objective, m = case.objective, case.gradients.shape[1]
     n, p, head = objective.n, objective.p, objective.head
@@ -311,7 +329,6 @@ def costs(case, cg_products, retrainings):
         "Grad-Dot": dots,
         "TracIn": len(case.checkpoints) * dots,
         "neighbours": 1 / 3 + m / 3,
-        "datamodel": retrainings / 2 * case.problem.steps,
     }
 
 
