@@ -79,11 +79,10 @@ def folders(root, *names, many):
             file.write_bytes(drawn(10_000 * (at + 1) + k, drawings.PRETEXT[at], "car"))
 
 
-@pytest.fixture
-def inception(tmp_path):
-    """Inception-v3 with random weights, as Keras's file of weights and as a whole .keras file."""
+def random_backbone(name):
+    """Return a Backbone with random weights and the statistics of a few drawn pictures."""
     keras.utils.set_random_seed(0)
-    backbone = features.load_backbone("InceptionV3", weights=None, size=SIDE)
+    backbone = features.load_backbone(name, weights=None, size=SIDE)
     backbone.model.trainable = True
     for layer in backbone.model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -91,23 +90,28 @@ def inception(tmp_path):
     pictures = [drawn(k, kind, "car") for k in range(8) for kind in drawings.SUBTYPES["car"]]
     batch = np.array([datasets.decode(picture) for picture in pictures], "float32")
     backbone.model(backbone.preprocess(batch), training=True)
+    return backbone.model
+
+
+@pytest.fixture
+def inception(tmp_path):
+    """Inception-v3, as Keras's file of weights and as a whole .keras file."""
+    model = random_backbone("InceptionV3")
     (tmp_path / "keras" / "models").mkdir(parents=True)
-    backbone.model.save_weights(tmp_path / "keras" / "models" / "random.weights.h5")
+    model.save_weights(tmp_path / "keras" / "models" / "random.weights.h5")
     inputs = keras.Input((SIDE, SIDE, 3), dtype="float32")
     scaled = keras.layers.Rescaling(1 / 127.5, offset=-1, dtype="float32")(inputs)
     path = tmp_path / "inception.keras"
-    keras.Model(inputs, backbone.model(scaled)).save(path)
+    keras.Model(inputs, model(scaled)).save(path)
     return str(path)
 
 
 @pytest.fixture
-def mobilenet(tmp_path):
-    """MobileNetV2 with random weights, where Keras looks for its own."""
+def mobilenet(tmp_path, inception):
+    """MobileNetV2 where Keras looks for its weights, in the form that Keras distributes."""
     name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
-    backbone = features.load_backbone("MobileNetV2", weights=None, size=SIDE)
-    (tmp_path / "keras" / "models").mkdir(parents=True, exist_ok=True)
-    with h5py.File(tmp_path / "keras" / "models" / name, "w") as file:  # as older Keras wrote them
-        save_weights_to_hdf5_group(file, backbone.model)
+    with h5py.File(tmp_path / "keras" / "models" / name, "w") as file:
+        save_weights_to_hdf5_group(file, random_backbone("MobileNetV2"))
 
 
 @pytest.fixture
@@ -145,7 +149,7 @@ def test_the_thesis_runs(tars, inception, stopped):
 
 
 @pytest.mark.rehearsal
-def test_two_folders_of_ones_own_run_under_their_names(tmp_path, inception, mobilenet, stopped):
+def test_two_folders_of_ones_own_run_under_their_names(tmp_path, mobilenet, stopped):
     folders(tmp_path / "data" / "pictures", "cats", "dogs", many=2 * MANY)
 
     def backbone_of(job):
