@@ -146,6 +146,7 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     (tmp_path / "notebooks").mkdir()
     for name in ("04_influence", "05_other"):
         answer = f"**Answer.** Short. It is\nso, on {'x' * 60}. And more.\n\nNo."
+        answer += "\n\n**Answer (`demo`).** Of\ndrawings.\n\n**Answer (`real`).** Of photographs."
         title = f"# {name[:2]} · Why?\n\n{answer}"
         cell = {"cell_type": "markdown", "source": title.splitlines(keepends=True)}
         text = json.dumps({"cells": [cell]})
@@ -175,11 +176,11 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert "| claim b (`b`) | thesis | at least 1 | 0.95 | partly |" in page
     assert "![04 picture](04_picture.png)" in page
     assert "Not run yet." in page
-    assert answer in page
+    assert f"{answer} And more. Of drawings.\n" in page
     page = (tmp_path / "figures" / "real" / "VERDICTS.md").read_text(encoding="utf-8")
     assert "| claim c (`c`) | ours | at least 1 | below 1e-9 | does not hold |" in page
     assert ".png" not in page  # a file that does not say of itself that it is a plot
-    assert "It is" not in page  # the answer is the demo's
+    assert f"{answer} And more. Of photographs.\n" in page
 
 
 def test_figures_store_their_numbers(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import re
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -97,6 +98,28 @@ def test_readme_and_verdict_pages_are_those_of_the_committed_verdicts():
     for profile in ("demo", "real"):
         page = ROOT / "figures" / profile / "VERDICTS.md"
         assert page.read_text(encoding="utf-8") == pages.verdict_page(profile)
+
+
+def numbers_of(verdicts):
+    """Return the numbers that a text on some verdicts may name, (k,), and in percent."""
+    known = [0.95]  # of the intervals
+    for c in verdicts:
+        values = [c["value"], *c.get("interval", ()), c.get("published"), claims.bound_of(c)[1]]
+        known += [abs(v) for value in values if value is not None for v in np.atleast_1d(value)]
+        known += map(float, re.findall(r"\d+\.\d+", c["claim"]))  # "r at t = 0.1"
+    return np.r_[known, 100 * np.array(known)]
+
+
+@pytest.mark.parametrize("profile", ["demo", "real"])
+def test_an_answer_names_the_numbers_of_its_own_profile(profile):
+    """Every number with a decimal point or a percent sign is a rounded one of the verdicts."""
+    for row in pages.notebooks().to_dict("records"):
+        assert not re.search(r"\d\.\d|\d %", row["answer"]), row["notebook"]
+        path = claims.committed(profile) / f"{row['notebook'][:2]}_verdicts.json"
+        known = numbers_of(claims.read_record(path)["verdicts"])
+        for text in re.findall(r"\d+\.\d+|\d+(?= %)", row[profile]):
+            half = 0.5 * 10.0 ** -len(text.partition(".")[2]) * (1 + 1e-9)
+            assert np.abs(known - float(text)).min() <= half, (row["notebook"], profile, text)
 
 
 def imported(path):

@@ -21,14 +21,20 @@ OPEN = ("not run", "not applicable")
 
 
 def notebooks():
-    """Return the committed notebooks as a table: their question (the title) and their answer."""
+    """Return the committed notebooks as a table: their question (the title) and their answer.
+
+    Column `answer` is what holds of all profiles, `demo` and `real` what the numbers of one say.
+    """
     rows = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        question = title.partition(" · ")[2].partition("\n")[0]
-        answer = " ".join(title.partition("**Answer.**")[2].partition("\n\n")[0].split())
-        rows.append((path.stem, question, answer))
-    return pd.DataFrame(rows, columns=["notebook", "question", "answer"])
+        row = {"notebook": path.stem, "question": title.partition(" · ")[2].partition("\n")[0]}
+        leads = {"answer": "Answer", "demo": "Answer (`demo`)", "real": "Answer (`real`)"}
+        for name, lead in leads.items():
+            text = title.partition(f"**{lead}.**")[2].partition("\n\n")[0]
+            row[name] = " ".join(text.split())
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def fared(claims):
@@ -76,25 +82,24 @@ def published_page():
 
 
 def verdict_page(profile):
-    """Return figures/<profile>/VERDICTS.md: every claim and figure, and of `demo` the answers.
-
-    The notebooks' answers are the demo's; what photographs gave stands in values and plots.
-    """
-    where, drawn = committed(profile), profile == "demo"
-    claims, lines = written(where), [f"# Every claim of the profile `{profile}`", ""]
-    for row in notebooks().itertuples():
-        own = claims[claims["notebook"] == row.notebook]
-        title = _link(row.notebook, f"{row.notebook[:2]} · {row.question}", up="../../")
-        lines += [f"## {title}", ""]
-        if drawn or not len(own):
-            lines += [row.answer if len(own) else "Not run yet.", ""]
+    """Return figures/<profile>/VERDICTS.md: of every notebook its answer, claims and figures."""
+    claims, lines = written(committed(profile)), [f"# Every claim of the profile `{profile}`", ""]
+    for row in notebooks().to_dict("records"):
+        name = row["notebook"]
+        own = claims[claims["notebook"] == name]
+        title = _link(name, f"{name[:2]} · {row['question']}", up="../../")
+        lines += [
+            f"## {title}",
+            "",
+            f"{row['answer']} {row[profile]}" if len(own) else "Not run yet.",
+        ]
         if len(own):
-            lines += ["| claim | whose | criterion | value | outcome |", "|" + " --- |" * 5]
+            lines += ["", "| claim | whose | criterion | value | outcome |", "|" + " --- |" * 5]
         for c in own.itertuples():
             whose = "ours" if c.of == "here" else c.of
             cells = [f"{c.claim} (`{c.id}`)", whose, c.criterion, c.shown, c.verdict]
             lines.append(_markdown_row(cells))
-        lines += [*figures_of(profile, row.notebook), ""]
+        lines += [*figures_of(profile, name), ""]
     return "\n".join(lines)
 
 
