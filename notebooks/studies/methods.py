@@ -205,7 +205,7 @@ def predictions(case, dampings):
     dots_at = partial(_summed, objective, case.x, case.y, dots)
     same = np.where(case.y[:, None] == case.problem.y, 1, -1)
     return found | {
-        "Newton": _after_newton(case),
+        "Newton": _after_newton(case, dampings["exact"]),
         "Grad-Dot": dots_at([objective.theta]),
         "TracIn": dots_at(case.checkpoints),
         "neighbours": same * (_directions(case.x) @ _directions(case.problem.x).T),
@@ -213,11 +213,16 @@ def predictions(case, dampings):
     }, products
 
 
-def _after_newton(case):
-    """Return the change of each test loss after a Newton step without each point, (m, n)."""
+def _after_newton(case, damping):
+    """Return the change of each test loss after a Newton step without each point, (m, n).
+
+    A network's Hessian is damped, above its smallest eigenvalue: where all gradients are zero it
+    may have a negative one.
+    """
     if case.objective.head:
         return Removals(case.objective).newton_loss_change(case.x, case.y)
-    removals = NetworkRemovals(case.objective, case.solve.hessian)
+    above = -1.5 * case.solve.spectra["exact"][0][0]
+    removals = NetworkRemovals(case.objective, case.solve.hessian, damping=max(damping, above))
     steps = removals.newton_steps(np.arange(case.objective.n))
     return removals.loss_change(removals.theta[:, None] + steps, case.x, case.y)
 
