@@ -45,8 +45,8 @@ test: .venv/ready  ## unit tests, and every notebook against its stored outputs,
 	$(TEST) -n $(or $(JOBS),logical) notebooks/0[3-9]_*.ipynb notebooks/1[0-5]_*.ipynb tests
 	$(TEST) -n 0 notebooks/16_*.ipynb
 
-rehearsal: .venv/ready  ## does every notebook of `make thesis` run? on six tars of drawn pictures
-	$(BIN)/python -m pytest -m rehearsal tests/test_thesis_rehearsal.py
+rehearsal: .venv/ready  ## do all notebooks run on six tars, and on two folders of one's own? (an hour, drawn pictures)
+	$(BIN)/python -m pytest -m rehearsal tests/test_rehearsal.py
 
 lab: .venv/ready  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
