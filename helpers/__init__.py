@@ -15,7 +15,7 @@ Layers, top to bottom; an import may only point down:
     objective
     head                loss
     batches, parameters
-    checks
+    checks, derivatives
     keras_facts, linalg
 """
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse.linalg
 
-from . import checks
+from . import checks, derivatives
 from .linalg import Factor
 
 DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
@@ -61,7 +61,7 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     of the minimum: the Fit has the gradient norm before and after.
     """
     head, tol = head_of(objective), checks.number("tol", tol)
-    checks.curvature(objective)
+    derivatives.warn_if_flat(objective)
     if not (objective.decay > 0).any():
         raise ValueError(
             "Without weight decay a separable problem has no minimum: pass "

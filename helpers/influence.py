@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import checks, keras_facts
+from . import checks, derivatives, keras_facts
 from .gradients import along, blocks_of_dots, by_differences, per_example_gradients, sum_of_products
 from .hessian import as_operator
 from .linalg import Factor, damped
@@ -142,7 +142,7 @@ def self_influence(H, x, y, *, damping=0.0):
     """
     H = as_operator(H)
     objective = H.objective
-    checks.curvature(objective)
+    derivatives.warn_if_flat(objective)
     x, y = objective.examples(x, y)
     factor = Factor(damped(H.dense(), checks.number("damping", damping)))
     step = objective.data.affordable(16 * objective.p)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from . import checks, keras_facts
+from . import checks, derivatives, keras_facts
 from . import parameters as theta_of
 from .batches import Batches, arrays, of_any_form, one_array
 from .head import Head
@@ -257,8 +257,8 @@ class Objective:
 
     @cached_property
     def derivatives(self):
-        """What the probe of first and second derivatives found (`checks.Derivatives`)."""
-        return checks.probe(self, self._closed_form)
+        """What the probe of first and second derivatives found (`helpers.derivatives`)."""
+        return derivatives.probe(self, self._closed_form)
 
     @cached_property
     def _closed_form(self):

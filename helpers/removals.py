@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from . import checks
+from . import checks, derivatives
 from .fit import factor_of, head_of, newton, newton_direction
 from .linalg import gemm
 
@@ -39,7 +39,7 @@ class Removals:
         k = head.hessian(self.theta)
         k[np.diag_indices_from(k)] -= head.decay / head.n
         self.factor, self.gradient_norms = factor_of(head, k), np.zeros(0)
-        checks.curvature(objective)
+        derivatives.warn_if_flat(objective)
         self.outputs = head.outputs(head.phi, self.theta)
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
         self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])

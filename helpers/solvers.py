@@ -19,7 +19,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from . import checks
+from . import checks, derivatives
 from .gradients import by_differences, has_rows
 from .hessian import GaussNewton, as_operator
 from .keras_facts import traced
@@ -57,7 +57,7 @@ def solve(H, b, solver=None, *, damping="auto"):
     numbers = {"damping": solver.damping, "rtol": rtol}
     solver = replace(solver, **{name: checks.number(name, a) for name, a in numbers.items()})
     if H.objective:
-        checks.curvature(H.objective)
+        derivatives.warn_if_flat(H.objective)
     size = np.abs(b).max(0, initial=0)
     size[size == 0] = 1.0  # squares of 1e-170 would be zero
     x, known = solver.run(H, b / size)

@@ -14,7 +14,7 @@ from helpers import (
     Hessian,
     Objective,
     Removals,
-    checks,
+    derivatives,
     fit_head,
     influence_wrt_input,
     predicted_loss_change,
@@ -329,7 +329,7 @@ def test_the_usual_probe_is_short(monkeypatch):
     counted = lambda self, x, y: calls.append(len(y)) or each(self, x, y)  # noqa: E731
     objective = bound()
     monkeypatch.setattr(ExampleLoss, "__call__", counted)
-    assert checks.probe(objective, None).checked
+    assert derivatives.probe(objective, None).checked
     assert calls == [8, 8]
 
 

@@ -1,0 +1,261 @@
+"""Are the derivatives right? Those of an objective, held once against differences.
+
+TensorFlow lacks the second derivatives of some operations and has wrong ones of others; a layer or
+a loss may have a gradient of its own. What can not be differentiated twice is named and refused,
+or computed by differences.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from . import keras_facts
+
+
+class Derivatives(NamedTuple):
+    """What the probe of an objective's derivatives found.
+
+    checked : whether they were held against differences; by_differences : whether second
+    derivatives are central differences of exact gradients from now on, because TensorFlow's own
+    are missing or wrong; flat : whether the loss has no curvature in the outputs; words : all that.
+    """
+
+    checked: bool
+    by_differences: bool
+    flat: bool
+    words: str
+
+
+def warn_if_flat(objective):
+    """Warn where the loss has no curvature, so that H is nothing but the weight decay."""
+    head = objective.head
+    if objective.derivatives.flat:
+        where = "at any training example" if head else "at the first examples"
+        warnings.warn(
+            f"The loss has no curvature {where}: H is the weight decay (and damping) alone, and "
+            "influence a scaled dot product of gradients.",
+            stacklevel=3,
+        )
+
+
+class _Probe(NamedTuple):
+    """A function to hold its derivatives against differences along one direction v.
+
+    at : h -> (value, gradient (p,)) at the point + h v; product : () -> (value, gradient, H v) at
+    the point; v : (p,).
+    """
+
+    at: Callable
+    product: Callable
+    v: np.ndarray
+
+
+STEPS = {"float64": (1e-5, 1e-7, 1e-9), "float32": (3e-2, 1e-2, 3e-3)}
+AGREE = {"float64": 1e-3, "float32": 5e-2}
+
+
+def probe(objective, head):
+    """Return the Derivatives of an objective, from at most 8 training examples.
+
+    In a float64 copy of the model, a little beside theta (where no unit stands on its kink): g.v
+    against differences of the loss, H v against differences of the gradient, for steps that shrink
+    until they agree. Only a disagreement that stays as the step shrinks is one; with many kinks
+    nothing can be told, and that is said.
+
+    Raises
+    ------
+    ValueError
+        naming what is wrong, where a gradient is no gradient, or where a float32 model has no right
+        second derivative.
+    """
+    if objective.data.strategy is not None:
+        return Derivatives(False, False, False, "derivatives not checked under a strategy")
+    k = int(np.clip(2e8 // max(1, objective.data.bytes_an_example), 2, 8))
+    x, y, _ = objective.data.first(k)
+    rng = np.random.default_rng(0)
+    if head is not None:
+        outputs = head.outputs(head._features(x), objective.theta)
+        loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
+        (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss.name}"
+        if flat and objective.data.in_memory:
+            outputs = head.outputs(head.phi, objective.theta)
+            flat = not head.bend(head.y, outputs, rng.normal(size=outputs.shape)).numpy().any()
+    else:
+        o = objective if objective.dtype == "float64" else objective.in_float64() or objective
+        coarsest = min(v.dtype for v in o.variables)
+        verdict, flat = _verdict(_of_parameters(o, x, y, rng), coarsest)
+        what = _culprit(o, x, y, rng) if verdict in ("gradient", "curvature") else ""
+    if verdict == "gradient":
+        raise ValueError(
+            f"The gradient is not the derivative of the loss, as differences show: {what} has a "
+            "gradient of its own (stop_gradient, custom_gradient?). Influence would be wrong."
+        )
+    if verdict == "curvature":
+        if objective.dtype != "float64":
+            raise ValueError(
+                f"TensorFlow has no right second derivative of {what}. In float64 differences of "
+                "gradients take its place: set keras.config.set_dtype_policy('float64') and build "
+                "or load the model again."
+            )
+        words = f"second derivatives by central differences of gradients, because of {what}"
+        return Derivatives(True, True, False, words)
+    if verdict == "unclear":
+        return Derivatives(False, False, flat, "derivatives not checked: differences do not tell")
+    return Derivatives(True, False, flat, f"derivatives checked on {len(y)} examples")
+
+
+def _verdict(probe, dtype):
+    """Return "right", or what is wrong: "gradient", "curvature", or that it is "unclear".
+
+    Second value: whether a right H v is zero.
+    """
+    tol, product = AGREE[dtype], None
+    try:
+        value, gradient, product = probe.product()
+    except LookupError:  # an operation without a registered second derivative
+        value, gradient = probe.at(0.0)
+    along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
+    faint = 10 * np.finfo(dtype).eps * np.linalg.norm(gradient) / STEPS[dtype][0]
+    slopes, bends = [], []
+    for h in STEPS[dtype]:
+        up, up_g = probe.at(h)
+        low, (down, down_g) = (0, (value, gradient)) if dtype == "float64" else (-h, probe.at(-h))
+        slopes.append((up - down) / (h - low))
+        bends.append((up_g - down_g) / (h - low))
+        floor = 10 * np.finfo(dtype).eps * abs(up) / h
+        right = abs(along - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
+        if right and product is None:
+            return "curvature", False
+        alike = right and _apart(product, bends[-1]) <= tol
+        if alike or (right and np.linalg.norm(product - bends[-1]) <= faint):
+            return "right", not product.any()
+    if not right:
+        settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])
+        return "gradient" if settled else "unclear", False
+    settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(product, bends[-1])
+    return "curvature" if settled and dtype == "float64" else "unclear", False
+
+
+def _apart(a, b):
+    """Return the norm of a - b in units of the larger one's."""
+    scale = max(np.linalg.norm(a), np.linalg.norm(b))
+    return np.linalg.norm(a - b) / scale if scale > 0 else 0.0
+
+
+def _of_tensor(function, tensor, rng):
+    """Return the _Probe of a function of one float64 tensor, beside that tensor."""
+    spread = max(float(np.std(tensor)), 1e-2)
+    point = tensor + 0.1 * spread * rng.normal(size=np.shape(tensor))
+    v = spread * rng.normal(size=np.shape(tensor))
+
+    def at(h):
+        x = tf.constant(point + h * v)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return float(value), _flat([tape.gradient(value, x)], [x])
+
+    def product():
+        x = tf.constant(point)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                value = function(x)
+            slope = inner.gradient(value, x)
+        bent = None if slope is None else outer.gradient(slope, x, tf.constant(v))
+        return float(value), _flat([slope], [x]), _flat([bent], [x])
+
+    return _Probe(at, product, np.ravel(v))
+
+
+def _of_parameters(objective, x, y, rng):
+    """Return the _Probe of the summed loss of some examples in the selected parameters."""
+    tensors, dtype = objective.tensors, objective.dtype
+    x = objective.data.cast(x)
+    theta = [np.asarray(t, np.float64) for t in tensors]
+    sizes = [max(float(np.sqrt(np.mean(t**2))), 1e-2) for t in theta]
+    point = [t + 0.01 * s * rng.normal(size=t.shape) for t, s in zip(theta, sizes, strict=True)]
+    v = [s * rng.normal(size=t.shape) for t, s in zip(theta, sizes, strict=True)]
+
+    def moved(h, function):
+        try:
+            objective.move([a + h * b for a, b in zip(point, v, strict=True)])
+            return function()
+        finally:
+            objective.move(theta)
+
+    def slopes():
+        with tf.GradientTape() as tape:
+            value = tf.reduce_sum(objective.loss(x, y))
+        return value, tape.gradient(value, tensors)
+
+    def at(h):
+        value, gradient = moved(h, slopes)
+        return float(value), _flat(gradient, tensors)
+
+    def bent():
+        with tf.GradientTape() as tape:
+            value, gradient = slopes()
+            some = [(g, b) for g, b in zip(gradient, v, strict=True) if g is not None]
+            some = [tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), dtype) * b) for g, b in some]
+            dot = tf.add_n(some or [tf.zeros((), dtype)])
+        return value, gradient, tape.gradient(dot, tensors)
+
+    def product():
+        value, *vectors = moved(0.0, bent)
+        return float(value), *(_flat(parts, tensors) for parts in vectors)
+
+    return _Probe(at, product, _flat(v, tensors))
+
+
+def _flat(parts, like):
+    """Return a list of arrays as one vector; None counts as zero."""
+    filled = [
+        np.zeros(t.shape) if a is None else np.asarray(tf.convert_to_tensor(a))
+        for a, t in zip(parts, like, strict=True)
+    ]
+    return np.concatenate([np.ravel(a) for a in filled]).astype(np.float64)
+
+
+def _culprit(objective, x, y, rng):
+    """Return in words which part of a model has the wrong derivative, as far as can be found."""
+    outputs = objective.loss.outputs(objective.data.cast(x))
+    mask = keras_facts.mask_of(outputs)
+
+    def loss(o):
+        o = keras_facts.with_mask(tf.cast(o, objective.dtype), mask)
+        return tf.cast(tf.reduce_sum(objective.loss.of_outputs(y, o)), tf.float64)
+
+    wrong = "gradient", "curvature"
+    if (
+        _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), objective.dtype)[0]
+        in wrong
+    ):
+        return f"the loss {objective.loss.name}"
+    seen, names = {}, []
+    layers = keras_facts.outermost_layers(objective.model)
+    with keras_facts.tapped(layers, seen):
+        objective.model(objective.data.cast(x), training=False)
+    for layer, calls in seen.items():
+        given = calls[0][0]
+        if not tf.is_tensor(given) or not given.dtype.is_floating:
+            continue
+
+        def bent(t, layer=layer, dtype=given.dtype):
+            with keras_facts.exact_derivatives():
+                made = keras.tree.flatten(layer(tf.cast(t, dtype), training=False))[0]
+            return tf.reduce_sum(tf.sin(tf.cast(made, tf.float64)))
+
+        try:
+            probe = _of_tensor(bent, np.asarray(given, np.float64), rng)
+            found, _ = _verdict(probe, objective.dtype)
+        except (TypeError, ValueError, tf.errors.OpError):
+            continue
+        if found in wrong:
+            names.append(layer.name)
+    return f"layer {', '.join(names)}" if names else "some part of the model"
