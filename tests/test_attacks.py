@@ -1,6 +1,10 @@
 """Attacks on training pictures: gradients by finite differences, refits one by one, invariants."""
 
+import json
+from types import SimpleNamespace
+
 import keras
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +12,7 @@ from conftest import BINARY
 
 from helpers import Objective, fit_head, influence_wrt_input, s_test
 from studies import attacks
-from support import models
+from support import models, run
 from support.features import Backbone
 from support.vehicles import Vehicles, fitted_head
 
@@ -274,6 +278,63 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     (committed / "11_some_bed.json").rename(tmp_path / "real" / "11_some_bed.json")
     with pytest.raises(ValueError, match="another attack"):
         all_of_them()
+
+
+BED = ("pictures", "n_train", "backbone_name", "weights", "layer", "weight_decay")
+
+
+def asked_for():
+    """Yield the name, dataset, size, kind, bed and counts of each ladder of params/real.yaml."""
+    (path,) = run.choose(["11"])
+    for job in run.jobs_of("real", [path]):
+        p = run.declared_parameters(nbformat.read(path, 4)) | job.parameters
+        bed = {key: p[key] for key in BED}
+        for size, counts in zip(p["sizes"], p["n_targets"], strict=True):
+            for kind in ("original", "better"):
+                yield f"{p['dataset']}_{size}_{kind}", p["dataset"], size, kind, bed, counts
+        for change in p["changes"]:
+            name = f"{p['dataset']}_{size}_changed_{'_'.join(map(str, change.values()))}"
+            own, counts = change.get("size", size), [p["n_changed"], 0, 0]
+            yield name, None, own, "original", bed | change, counts
+
+
+def like(content, size):
+    """Return what a record tells of the attacker that it is of: margins, and who was drawn."""
+    margin = np.full(600, -1.0)
+    margin[content["about"]["targets"]] = 1
+    for t, one in content["targets"].items():
+        margin[int(t)] = one["margin"]
+    return SimpleNamespace(margin=margin, backbone=SimpleNamespace(size=size))
+
+
+def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch):
+    """They are read, copied for the next promotion, and give the committed flips and falls."""
+    monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
+    folder, seen = attacks.claims.committed("real"), set()
+    for name, dataset, size, kind, bed, counts in asked_for():
+        if not (folder / f"11_{name}.json").exists():
+            continue
+        content = json.loads((folder / f"11_{name}.json").read_text(encoding="utf-8"))
+        how = {"better": kind == "better", "go_on": False}
+        _, found = attacks.ladders(like(content, size), name, "real", bed, counts, **how)
+        assert found == list(content["targets"].values())
+        copied = tmp_path / "real" / "figures" / f"11_{name}.json"
+        assert json.loads(copied.read_text(encoding="utf-8")) == content
+        seen.add(name)
+        if dataset:
+            flips, falls = (
+                json.loads((folder / f"11_{dataset}_{what}.json").read_text(encoding="utf-8"))
+                for what in ("flipped", "reach")
+            )
+            hits = attacks.shares(found, counts)
+            ours = {str(count): h.tolist() for count, h in hits.items()}
+            assert ours == flips[f"{kind}_{size}"]
+            ours = attacks.by_one(found).to_dict("list")
+            assert attacks.claims.plain(ours) == falls[f"{kind}_{size}"]
+    records = {
+        path.stem[3:] for path in folder.glob("11_*.json") if '"about"' in path.read_text("utf-8")
+    }
+    assert seen == records - {"vehicles_at_once"}
 
 
 def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():
