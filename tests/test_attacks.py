@@ -1,6 +1,7 @@
 """Attacks on training pictures: gradients by finite differences, refits one by one, invariants."""
 
 import json
+from inspect import signature
 from types import SimpleNamespace
 
 import keras
@@ -284,29 +285,34 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
         all_of_them()
 
 
-BED = ("pictures", "n_train", "backbone_name", "weights", "layer", "weight_decay")
+COMMITTED = attacks.claims.committed("real")
 
 
 def asked_for():
-    """Yield the name, dataset, size, kind, bed and counts of each ladder of params/real.yaml."""
+    """Yield parameters, bed, name, kind, size and counts of each ladder of params/real.yaml."""
     (path,) = run.choose(["11"])
+    _, *beds = signature(attacks.load).parameters.values()
     for job in run.jobs_of("real", [path]):
         p = run.declared_parameters(nbformat.read(path, 4)) | job.parameters
-        bed = {key: p[key] for key in BED}
+        bed = {one.name: p[one.name] for one in beds if one.kind is one.POSITIONAL_OR_KEYWORD}
         for size, counts in zip(p["sizes"], p["n_targets"], strict=True):
             for kind in ("original", "better"):
-                yield f"{p['dataset']}_{size}_{kind}", p["dataset"], size, kind, bed, counts
+                yield p, bed, f"{p['dataset']}_{size}_{kind}", kind, size, counts
         for change in p["changes"]:
             name = f"{p['dataset']}_{size}_changed_{'_'.join(map(str, change.values()))}"
-            own, counts = change.get("size", size), [p["n_changed"], 0, 0]
-            yield name, None, own, "original", bed | change, counts
+            counts = [p["n_changed"], 0, 0]
+            yield p, bed | change, name, "original", change.get("size", size), counts
 
 
-def like(content, size):
+def committed(name, folder=COMMITTED):
+    return json.loads((folder / f"11_{name}.json").read_text(encoding="utf-8"))
+
+
+def like(record, size=None):
     """Return what a record tells of the attacker that it is of: margins, and who was drawn."""
     margin = np.full(600, -1.0)
-    margin[content["about"]["targets"]] = 1
-    for t, one in content["targets"].items():
+    margin[record["about"].get("targets", [])] = 1
+    for t, one in record["targets"].items():
         margin[int(t)] = one["margin"]
     return SimpleNamespace(margin=margin, backbone=SimpleNamespace(size=size))
 
@@ -314,31 +320,31 @@ def like(content, size):
 def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch):
     """They are read, copied for the next promotion, and give the committed flips and falls."""
     monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
-    folder, seen = attacks.claims.committed("real"), set()
-    for name, dataset, size, kind, bed, counts in asked_for():
-        if not (folder / f"11_{name}.json").exists():
-            continue
-        content = json.loads((folder / f"11_{name}.json").read_text(encoding="utf-8"))
-        how = {"better": kind == "better", "go_on": False}
-        found = attacks.ladders(like(content, size), name, "real", bed, counts, **how)
-        assert {str(t): one for t, one in found.items()} == content["targets"]
-        copied = tmp_path / "real" / "figures" / f"11_{name}.json"
-        assert json.loads(copied.read_text(encoding="utf-8")) == content
-        seen.add(name)
-        if dataset:
-            flips, falls = (
-                json.loads((folder / f"11_{dataset}_{what}.json").read_text(encoding="utf-8"))
-                for what in ("flipped", "reach")
-            )
+    seen = set()
+    for p, bed, name, kind, size, counts in asked_for():
+        if (COMMITTED / f"11_{name}.json").exists():
+            record, how = committed(name), {"better": kind == "better", "go_on": False}
+            found = attacks.ladders(like(record, size), name, "real", bed, counts, **how)
+            assert {str(t): one for t, one in found.items()} == record["targets"]
+            assert committed(name, tmp_path / "real" / "figures") == record
+            seen.add(name)
             table = attacks.reached(found)
-            hits = attacks.flips(table, counts)
-            assert {str(count): h.tolist() for count, h in hits.items()} == flips[f"{kind}_{size}"]
+            hits = {str(count): h.tolist() for count, h in attacks.flips(table, counts).items()}
             ours = table[["margin", "fall", "forecast", "flipped"]].to_dict("list")
-            assert attacks.claims.plain(ours) == falls[f"{kind}_{size}"]
-    records = {
-        path.stem[3:] for path in folder.glob("11_*.json") if '"about"' in path.read_text("utf-8")
-    }
-    assert seen == records - {"vehicles_at_once"}
+            if name.endswith(f"{size}_{kind}"):  # not after a change
+                assert hits == committed(f"{p['dataset']}_flipped")[f"{kind}_{size}"]
+                falls = committed(f"{p['dataset']}_reach")[f"{kind}_{size}"]
+                assert attacks.claims.plain(ours) == falls
+        name = f"{p['dataset']}_at_once"
+        if (COMMITTED / f"11_{name}.json").exists() and name not in seen:
+            record = committed(name)
+            about = {"bed": bed | {"many_of": p["many_of"]}, "tests": record["about"]["tests"]}
+            about |= {"steps": p["many_steps"], "without": p["mislabelled"]}
+            known = attacks.Record(name, "real", about, like(record)).targets
+            assert {str(t): one for t, one in known.items()} == record["targets"]
+            seen.add(name)
+    of_attacks = (path.stem[3:] for path in COMMITTED.glob("11_*.json"))
+    assert seen == {name for name in of_attacks if "about" in committed(name)}
 
 
 def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():

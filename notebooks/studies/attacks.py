@@ -104,9 +104,9 @@ class Attacks:
         return rows[order], np.array(scores)[order]
 
     def attack(self, targets, carriers, *, start=None, box=0.5, lengths=(0.02,) * 100, stop=True):
-        """Return of each of k attacks the altered pictures, the targets' true logits, and the steps
-        taken: a list of such triples, each of the step where the mean test loss was largest.
+        """Return (altered pictures, true logits of the target, steps taken) of each of k attacks.
 
+        The pictures and logits are those of the step where the target's mean loss was largest.
         Attack j alters the training pictures carriers[j] within `box` levels of the original and
         within 0..255 by sign steps of `lengths` levels, and refits the head after each. It stops
         when every test picture of targets[j] is misnamed; without `stop` it takes all steps. The
@@ -115,14 +115,10 @@ class Attacks:
         """
         k, start = len(targets), start or [self.images[rows] for rows in carriers]
         fit = max(1, np.sum(np.cumsum([*map(len, carriers)]) <= self.batch))
-        if k > fit:
-            first, rest = (
-                self.attack(
-                    targets[p], carriers[p], start=start[p], box=box, lengths=lengths, stop=stop
-                )
-                for p in (slice(fit), slice(fit, None))
-            )
-            return first + rest
+        if fit < k:
+            how = {"box": box, "lengths": lengths, "stop": stop}
+            first = self.attack(targets[:fit], carriers[:fit], start=start[:fit], **how)
+            return first + self.attack(targets[fit:], carriers[fit:], start=start[fit:], **how)
         rows, owner = joined(carriers)
         original = self.images[rows].astype(self.backbone.model.compute_dtype)
         low, high = np.maximum(original - box, 0), np.minimum(original + box, 255)
@@ -355,12 +351,8 @@ def reached(found):
     best carrier; flipped, by one; and the lowest logit that 1, 2, 3, 5 and 10 carriers left,
     missing where so many were not tried.
     """
-    rows = [
-        {name: one[name][0] for name in SUBSETS if name in one}
-        | {"margin": one["margin"], "forecast": one["forecast"][0]}
-        for one in found.values()
-    ]
-    table = pd.DataFrame(rows, columns=["margin", "forecast", *SUBSETS], dtype=float)
+    table = pd.DataFrame(found.values(), columns=["margin", "forecast", *SUBSETS])
+    table = table.map(lambda v: np.ravel(v)[0]).astype(float)  # of several numbers the first
     table[1] = table[["1st", "2nd"]].min(axis=1)
     table["fall"], table["flipped"] = table["margin"] - table[1], table[1] < 0
     table = table.rename(columns={str(count): count for count in COUNTS})
