@@ -1,6 +1,11 @@
 """Attacks on training pictures: gradients by finite differences, refits one by one, invariants."""
 
+import json
+from inspect import signature
+from types import SimpleNamespace
+
 import keras
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +13,7 @@ from conftest import BINARY
 
 from helpers import Objective, fit_head, influence_wrt_input, s_test
 from studies import attacks
-from support import models
+from support import models, run
 from support.features import Backbone
 from support.vehicles import Vehicles, fitted_head
 
@@ -41,7 +46,7 @@ def setting():
 
 
 def mean_losses(setting, targets, carriers, pictures):
-    logits, _ = setting.refitted(targets, carriers, pictures)
+    logits = setting.refitted(targets, carriers, setting.features(np.concatenate(pictures)))
     return np.array([np.logaddexp(0, -z).mean() for z in logits])
 
 
@@ -134,9 +139,14 @@ def test_the_shortlist_is_in_the_order_of_the_papers_criterion(setting):
 STEPS = (0.5,) * 4
 
 
+def attacked(setting, targets, carriers, **how):
+    """Return pictures, logits and steps, each of all attacks."""
+    return zip(*setting.attack(targets, carriers, **how), strict=True)
+
+
 def test_an_attack_raises_the_test_loss_and_the_opposite_lowers_it(setting):
     clean = mean_losses(setting, TARGETS, CARRIERS, [setting.images[c] for c in CARRIERS])
-    pictures = setting.attack(TARGETS, CARRIERS, box=1.0, lengths=STEPS, stop=False).pictures
+    pictures, _, _ = attacked(setting, TARGETS, CARRIERS, box=1.0, lengths=STEPS, stop=False)
     mirrored = [2.0 * setting.images[c] - x for c, x in zip(CARRIERS, pictures, strict=True)]
     assert (mean_losses(setting, TARGETS, CARRIERS, pictures) > clean).all()
     assert (mean_losses(setting, TARGETS, CARRIERS, mirrored) < clean).all()
@@ -144,10 +154,8 @@ def test_an_attack_raises_the_test_loss_and_the_opposite_lowers_it(setting):
 
 @pytest.mark.parametrize("box", [0.5, 3.0])
 def test_box_and_range_are_kept_and_used(setting, box):
-    pictures = setting.attack(
-        TARGETS, CARRIERS, box=box, lengths=(box / 2,) * 5, stop=False
-    ).pictures
-    for rows, x in zip(CARRIERS, pictures, strict=True):
+    done = setting.attack(TARGETS, CARRIERS, box=box, lengths=(box / 2,) * 5, stop=False)
+    for rows, (x, _, _) in zip(CARRIERS, done, strict=True):
         assert np.abs(x - setting.images[rows]).max() == pytest.approx(box)
         assert x.min() >= 0
         assert x.max() <= 255
@@ -156,7 +164,7 @@ def test_box_and_range_are_kept_and_used(setting, box):
 def test_what_is_reported_is_what_refits_with_the_pictures_show(setting):
     """Full refits from nothing, with the altered features in place, against the batched ones."""
     done = setting.attack(TARGETS, CARRIERS, box=4.0, lengths=STEPS)
-    for tests, rows, x, z in zip(TARGETS, CARRIERS, done.pictures, done.logits, strict=True):
+    for tests, rows, (x, z, _) in zip(TARGETS, CARRIERS, done, strict=True):
         theta = replaced(setting, rows, setting.features(x)).theta
         np.testing.assert_allclose(z, setting.true_logits(theta, tests), atol=1e-5)
 
@@ -166,22 +174,23 @@ def test_the_batch_does_not_matter(setting):
     other = attacks.Attacks(
         setting.data, setting.objective, setting.backbone, setting.images, batch=40
     ).attack(TARGETS, CARRIERS, lengths=STEPS)
-    for a, b in zip(together.pictures, other.pictures, strict=True):
+    for (a, _, steps), (b, _, others) in zip(together, other, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
-    np.testing.assert_array_equal(together.steps, other.steps)
+        assert steps == others
 
 
 def test_an_attack_stops_when_its_test_pictures_are_misnamed(setting):
     tests = attacks.draw(setting, 0, 6)
     assert (setting.margin[tests] > 0).all()
     targets, carriers = list(tests[:, None]), [CARRIERS[2]] * len(tests)
-    done = setting.attack(targets, carriers, box=60.0, lengths=(10.0,) * 12)
-    flips = np.concatenate(done.logits) < 0
+    how = {"box": 60.0, "lengths": (10.0,) * 12}
+    pictures, logits, steps = attacked(setting, targets, carriers, **how)
+    flips, steps = np.concatenate(logits) < 0, np.array(steps)
     assert flips.any()
-    assert (done.steps[flips] < 12).any()
-    assert (done.steps[~flips] == 12).all()
-    again = setting.attack(targets, carriers, start=done.pictures, lengths=(10.0,) * 12, box=60.0)
-    assert (again.steps[flips] == 0).all()
+    assert (steps[flips] < 12).any()
+    assert (steps[~flips] == 12).all()
+    _, _, again = attacked(setting, targets, carriers, start=pictures, **how)
+    assert (np.array(again)[flips] == 0).all()
 
 
 def test_more_carriers_from_where_fewer_ended_never_do_less(setting):
@@ -193,30 +202,25 @@ def test_more_carriers_from_where_fewer_ended_never_do_less(setting):
             start = [
                 np.concatenate([x[:count], setting.images[rows[len(x) : count]]]) for x in pictures
             ]
-            done = setting.attack(
-                targets,
-                [rows[:count]] * 4,
-                start=start,
-                box=box,
-                lengths=(box / 4,) * 4,
-                stop=False,
-            )
-            now = np.concatenate(done.logits)
-            assert (now <= left + 1e-7).all()
-            left, pictures = now, done.pictures
+            how = {"start": start, "box": box, "lengths": (box / 4,) * 4, "stop": False}
+            pictures, logits, _ = attacked(setting, targets, [rows[:count]] * 4, **how)
+            assert (np.concatenate(logits) <= left + 1e-7).all()
+            left = np.concatenate(logits)
 
 
 @pytest.mark.parametrize("better", [False, True])
 def test_a_ladder_says_what_its_subsets_did(setting, better):
     tests = attacks.draw(setting, 0, 4)
-    found = attacks.ladder(setting, tests, better=better, size=20, steps=8, box=4.0)
-    for t, one in zip(tests, found, strict=True):
+    begun = {t: {} for t in tests}
+    found = attacks.ladder(setting, begun, better=better, size=20, steps=8, box=4.0)
+    left = attacks.reached(found)[[*attacks.COUNTS]]
+    for t, (_, least), one in zip(tests, left.iterrows(), found.values(), strict=True):
         names = [name for name in attacks.SUBSETS if name in one]
         assert names == list(attacks.SUBSETS)[: len(names)]
         ends = [one[name][0] for name in names]
         assert all(z >= 0 for z in ends[:-1])
         assert attacks.flipped(one) == (ends[-1] < 0)
-        assert not attacks.flipped(one, 1) or ends[min(1, len(ends) - 1)] < 0
+        np.testing.assert_allclose(least.dropna(), [min(ends[:2]), *ends[2:]], rtol=1e-12)
         assert len(set(one["carriers"].tolist())) == len(one["carriers"]) <= 10
         assert max(ends) <= setting.margin[t] + 1e-6
         if better:
@@ -227,23 +231,23 @@ def test_the_forecast_is_the_first_order_fall_of_the_margin(setting):
     """One tiny step, in a box of a thousandth of a level, against the forecast for that box."""
     t = attacks.draw(setting, 0, 1)
     box = 1e-3
-    (one,) = attacks.ladder(setting, t, subsets=(), size=20, box=box)
-    done = setting.attack([t], [one["carriers"][:1]], box=box, lengths=(box,), stop=False)
-    fall = setting.margin[t] - done.logits[0]
+    (one,) = attacks.ladder(setting, {t[0]: {}}, subsets=(), size=20, box=box).values()
+    ((_, z, _),) = setting.attack([t], [one["carriers"][:1]], box=box, lengths=(box,), stop=False)
+    fall = setting.margin[t] - z
     np.testing.assert_allclose(fall, one["forecast"][0], rtol=0.15)  # pixels at 0 and 255 stay
     assert fall < one["forecast"][0]
 
 
-def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monkeypatch):
+def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monkeypatch, capsys):
     """Three by one carrier, two by up to five, one by up to ten; in a second run the rest."""
     monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
     climbed, climb = [], attacks.ladder
 
-    def counted(attacker, some, begun=None, **how):
-        climbed.append(len(some))
+    def counted(attacker, begun, **how):
+        climbed.append(len(begun))
         if len(climbed) == 2:
             raise KeyboardInterrupt
-        return climb(attacker, some, begun, size=20, steps=4, **how)
+        return climb(attacker, begun, size=20, steps=4, **how)
 
     monkeypatch.setattr(attacks, "ladder", counted)
 
@@ -253,27 +257,94 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt):
         all_of_them()
-    tests, found = all_of_them(go_on=False)
+    found = all_of_them(go_on=False).values()
     assert [sorted(set(one) & set(attacks.SUBSETS)) for one in found] == [["1st", "2nd"]] * 3
-    tests, found = all_of_them()
+    found = all_of_them()
     assert climbed == [3, 2, 2, 1]
-    np.testing.assert_array_equal(tests, attacks.draw(setting, 0, 3))
-    whole = climb(setting, tests[:1], size=20, steps=4)[0]
+    assert list(found) == attacks.draw(setting, 0, 3).tolist()
+    t = next(iter(found))
+    whole = climb(setting, {t: {}}, size=20, steps=4)[t]
     for name in attacks.SUBSETS:
-        np.testing.assert_allclose(found[0][name], whole[name], rtol=1e-4)
-    assert found[0]["passes"] == whole["passes"]
-    with pytest.raises(ValueError, match="another attack"):
+        np.testing.assert_allclose(found[t][name], whole[name], rtol=1e-4)
+    assert found[t]["passes"] == whole["passes"]
+    with pytest.raises(ValueError, match=r"another attack .* differs: bed.* Move it away"):
         all_of_them(1e-4)
     committed = tmp_path / "committed"
     committed.mkdir()
     (tmp_path / "real" / "11_some_bed.json").replace(committed / "11_some_bed.json")
     monkeypatch.setattr(attacks.claims, "committed", lambda profile: committed)
-    assert len(all_of_them(go_on=False)[1]) == 3  # what is committed of the same pictures counts
+    assert len(all_of_them(go_on=False)) == 3  # what is committed of the same pictures counts
+    assert not capsys.readouterr().out
+    assert all_of_them(1e-4, go_on=False) == {}  # of another bed it does not
+    assert "differs: bed. Its 3 targets are not used" in capsys.readouterr().out
     monkeypatch.setattr(setting, "margin", 1.5 * setting.margin)
-    assert all_of_them(go_on=False)[1] == []  # of others it does not
+    assert all_of_them(go_on=False) == {}  # nor of other pictures
+    assert "differs: margins of the test pictures. Its 3 targets" in capsys.readouterr().out
     (committed / "11_some_bed.json").rename(tmp_path / "real" / "11_some_bed.json")
     with pytest.raises(ValueError, match="another attack"):
         all_of_them()
+
+
+COMMITTED = attacks.claims.committed("real")
+
+
+def asked_for():
+    """Yield parameters, bed, name, kind, size and counts of each ladder of params/real.yaml."""
+    (path,) = run.choose(["11"])
+    _, *beds = signature(attacks.load).parameters.values()
+    for job in run.jobs_of("real", [path]):
+        p = run.declared_parameters(nbformat.read(path, 4)) | job.parameters
+        bed = {one.name: p[one.name] for one in beds if one.kind is one.POSITIONAL_OR_KEYWORD}
+        for size, counts in zip(p["sizes"], p["n_targets"], strict=True):
+            for kind in ("original", "better"):
+                yield p, bed, f"{p['dataset']}_{size}_{kind}", kind, size, counts
+        for change in p["changes"]:
+            name = f"{p['dataset']}_{size}_changed_{'_'.join(map(str, change.values()))}"
+            counts = [p["n_changed"], 0, 0]
+            yield p, bed | change, name, "original", change.get("size", size), counts
+
+
+def committed(name, folder=COMMITTED):
+    return json.loads((folder / f"11_{name}.json").read_text(encoding="utf-8"))
+
+
+def like(record, size=None):
+    """Return what a record tells of the attacker that it is of: margins, and who was drawn."""
+    margin = np.full(600, -1.0)
+    margin[record["about"].get("targets", [])] = 1
+    for t, one in record["targets"].items():
+        margin[int(t)] = one["margin"]
+    return SimpleNamespace(margin=margin, backbone=SimpleNamespace(size=size))
+
+
+def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch):
+    """They are read, copied for the next promotion, and give the committed flips and falls."""
+    monkeypatch.setenv("THESIS_RUNS", str(tmp_path))
+    seen = set()
+    for p, bed, name, kind, size, counts in asked_for():
+        if (COMMITTED / f"11_{name}.json").exists():
+            record, how = committed(name), {"better": kind == "better", "go_on": False}
+            found = attacks.ladders(like(record, size), name, "real", bed, counts, **how)
+            assert {str(t): one for t, one in found.items()} == record["targets"]
+            assert committed(name, tmp_path / "real" / "figures") == record
+            seen.add(name)
+            table = attacks.reached(found)
+            hits = {str(count): h.tolist() for count, h in attacks.flips(table, counts).items()}
+            ours = table[["margin", "fall", "forecast", "flipped"]].to_dict("list")
+            if name.endswith(f"{size}_{kind}"):  # not after a change
+                assert hits == committed(f"{p['dataset']}_flipped")[f"{kind}_{size}"]
+                falls = committed(f"{p['dataset']}_reach")[f"{kind}_{size}"]
+                assert attacks.claims.plain(ours) == falls
+        name = f"{p['dataset']}_at_once"
+        if (COMMITTED / f"11_{name}.json").exists() and name not in seen:
+            record = committed(name)
+            about = {"bed": bed | {"many_of": p["many_of"]}, "tests": record["about"]["tests"]}
+            about |= {"steps": p["many_steps"], "without": p["mislabelled"]}
+            known = attacks.Record(name, "real", about, like(record)).targets
+            assert {str(t): one for t, one in known.items()} == record["targets"]
+            seen.add(name)
+    of_attacks = (path.stem[3:] for path in COMMITTED.glob("11_*.json"))
+    assert seen == {name for name in of_attacks if "about" in committed(name)}
 
 
 def test_half_a_level_is_lost_when_saved_and_a_whole_one_is_kept():

@@ -15,30 +15,20 @@ training pictures that are altered, an array of their numbers; k targets have k 
 
 import copy
 import json
-from itertools import chain
-from typing import NamedTuple
 
-import cv2
 import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 from scipy.special import expit
-from sklearn.metrics import euclidean_distances
+from sklearn.utils import gen_batches
 from tqdm.auto import tqdm
 
 from studies.many_fits import Replacements
 from support import claims, datasets, features, stored, vehicles
 
 SUBSETS = {"1st": slice(1), "2nd": slice(1, 2), **{str(k): slice(k) for k in (2, 3, 5, 10)}}
-
-
-class Altered(NamedTuple):
-    """What k attacks reached: lists of altered pictures, true logits of the targets, and steps."""
-
-    pictures: list
-    logits: list
-    steps: np.ndarray
+COUNTS = (1, 2, 3, 5, 10)
 
 
 class Attacks:
@@ -56,7 +46,6 @@ class Attacks:
         if self.phi.shape[1] != data.x_test.shape[1] or set(np.unique(self.y)) - {0, 1}:
             raise ValueError("Attacks need a head without a bias, and the labels 0 and 1.")
         self.margin = self.true_logits(self.theta, np.arange(len(data.x_test)))
-        self.passes = 0  # pictures that went through the backbone and back
 
     @tf.function(reduce_retracing=True, autograph=False)
     def _features(self, x):
@@ -68,7 +57,6 @@ class Attacks:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
             phi = self._features(x)
-        self.passes += len(x)
 
         def pull(c):
             return tape.gradient(phi, x, tf.cast(c, phi.dtype)).numpy()
@@ -77,9 +65,9 @@ class Attacks:
 
     def features(self, pictures):
         """Return the features (b, d) of any number of pictures 0..255."""
-        dtype, parts = self.backbone.model.compute_dtype, range(0, len(pictures), self.batch)
-        parts = [np.asarray(pictures[k : k + self.batch], dtype) for k in parts]
-        return np.concatenate([self._features(x).numpy() for x in parts]).astype(float)
+        dtype, parts = self.backbone.model.compute_dtype, gen_batches(len(pictures), self.batch)
+        parts = [self._features(np.asarray(pictures[part], dtype)).numpy() for part in parts]
+        return np.concatenate(parts).astype(float)
 
     def true_logits(self, theta, tests):
         """Return the logit of the true class of test pictures, (len(tests),)."""
@@ -105,73 +93,66 @@ class Attacks:
         The paper's criterion, largest first, both (size,); its gradient in the features alone,
         which costs nothing, decides which pictures are looked at.
         """
-        s = self.directions([target])[:, 0]
-        rows = np.argsort(-np.linalg.norm(cotangent(s, self.phi, self.y, self.theta), axis=1))
-        rows, scores = rows[:size], []
-        for part in np.split(rows, range(self.batch, len(rows), self.batch)):
-            phi, pull = self.see(self.images[part])
-            scores.append(np.abs(pull(cotangent(s, phi, self.y[part], self.theta))).sum((1, 2, 3)))
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        return rows[order], np.concatenate(scores)[order]
+        s, scores = self.directions([target])[:, 0], []
+        norms = np.linalg.norm(cotangent(s, self.phi, self.y, self.theta), axis=1)
+        rows = np.argsort(-norms)[:size]
+        for part in gen_batches(len(rows), self.batch):
+            phi, pull = self.see(self.images[rows[part]])
+            c = cotangent(s, phi, self.y[rows[part]], self.theta)
+            scores.extend(np.abs(pull(c)).sum((1, 2, 3)))
+        order = np.argsort(-np.array(scores), kind="stable")
+        return rows[order], np.array(scores)[order]
 
     def attack(self, targets, carriers, *, start=None, box=0.5, lengths=(0.02,) * 100, stop=True):
-        """Return the Altered of k attacks: each at the step where its mean test loss was largest.
+        """Return (altered pictures, true logits of the target, steps taken) of each of k attacks.
 
+        The pictures and logits are those of the step where the target's mean loss was largest.
         Attack j alters the training pictures carriers[j] within `box` levels of the original and
         within 0..255 by sign steps of `lengths` levels, and refits the head after each. It stops
         when every test picture of targets[j] is misnamed; without `stop` it takes all steps. The
         attacks share the passes through the backbone. start : pictures to begin at, one (c, h, w,
         3) an attack, by default the untouched ones.
         """
-        start = [self.images[rows] for rows in carriers] if start is None else start
-        pieces, room = [], 0
-        for j, rows in enumerate(carriers):
-            if room < len(rows):
-                pieces.append([])
-                room = max(self.batch, len(rows))
-            pieces[-1].append(j)
-            room -= len(rows)
-        parts = []
-        for piece in pieces:
-            chosen = ([values[j] for j in piece] for values in (targets, carriers, start))
-            parts.append(self._attack(*chosen, box, lengths, stop))
-        pictures, logits, steps = zip(*parts, strict=True)
-        return Altered([*chain(*pictures)], [*chain(*logits)], np.concatenate(steps))
-
-    def _attack(self, targets, carriers, start, box, lengths, stop):
-        rows, owner, k = *joined(carriers), len(targets)
+        k, start = len(targets), start or [self.images[rows] for rows in carriers]
+        fit = max(1, np.sum(np.cumsum([*map(len, carriers)]) <= self.batch))
+        if fit < k:
+            how = {"box": box, "lengths": lengths, "stop": stop}
+            first = self.attack(targets[:fit], carriers[:fit], start=start[:fit], **how)
+            return first + self.attack(targets[fit:], carriers[fit:], start=start[fit:], **how)
+        rows, owner = joined(carriers)
         original = self.images[rows].astype(self.backbone.model.compute_dtype)
         low, high = np.maximum(original - box, 0), np.minimum(original + box, 255)
         x = np.concatenate(start).astype(original.dtype)
-        theta, kept, live = np.repeat(self.theta[:, None], k, 1), x.copy(), np.arange(k)
-        kept_phi, worst, steps = (
-            np.empty((len(x), len(theta))),
-            np.full(k, -np.inf),
-            np.zeros(k, int),
-        )
+        best, best_phi = x.copy(), np.empty((len(x), len(self.theta)))
+        theta, live = np.repeat(self.theta[:, None], k, 1), np.arange(k)
+        worst, steps = np.full(k, -np.inf), np.zeros(k, int)
         for length in (*lengths, None):
-            at = np.isin(owner, live)
-            phi, pull = self.see(x[at])
-            mine, y = np.searchsorted(live, owner[at]), self.y[rows[at]]
+            at = np.flatnonzero(np.isin(owner, live))
+            mine, (phi, pull) = np.searchsorted(live, owner[at]), self.see(x[at])
             fits, solve = self.refits.fit(rows[at], mine, phi, start=theta[:, live], tol=1e-7)
             theta[:, live] = fits.theta
             z = [self.true_logits(theta[:, j], targets[j]) for j in live]
             losses = np.array([np.logaddexp(0, -own).sum() for own in z])
-            better = losses > worst[live]
-            worst[live[better]], own = losses[better], better[mine]
-            kept[np.flatnonzero(at)[own]], kept_phi[np.flatnonzero(at)[own]] = x[at][own], phi[own]
+            better = (losses > worst[live])[mine]
+            best[at[better]], best_phi[at[better]] = x[at[better]], phi[better]
+            worst[live] = np.maximum(losses, worst[live])
             goes_on = np.array([not stop or (own >= 0).any() for own in z])
             if length is None or not goes_on.any():
                 break
             s = self.directions([targets[j] for j in live], fits.theta, solve)
-            c = cotangent(s[:, mine].T, phi, y, fits.theta[:, mine].T)
+            c = cotangent(s[:, mine].T, phi, self.y[rows[at]], fits.theta[:, mine].T)
             c[~goes_on[mine]] = 0
             x[at] = np.clip(x[at] - length * np.sign(pull(c)), low[at], high[at])
             live = live[goes_on]
             steps[live] += 1
-        fits, _ = self.refits.fit(rows, owner, kept_phi)
-        logits = [self.true_logits(own, t) for own, t in zip(fits.theta.T, targets, strict=True)]
-        return np.split(kept, np.flatnonzero(np.diff(owner)) + 1), logits, steps
+        pictures = np.split(best, np.flatnonzero(np.diff(owner)) + 1)
+        logits = self.refitted(targets, carriers, best_phi)
+        return list(zip(pictures, logits, steps, strict=True))
+
+    def refitted(self, targets, carriers, phi):
+        """Return the true logits of each target after a refit with features phi of all carriers."""
+        theta = self.refits.fit(*joined(carriers), phi)[0].theta
+        return [self.true_logits(own, t) for own, t in zip(theta.T, targets, strict=True)]
 
     def against(self, pictures, label):
         """Return the same Attacks with other test pictures, all of one label 0 or 1."""
@@ -180,12 +161,6 @@ class Attacks:
         other.data = self.data._replace(x_test=x, y_test=y)
         other.margin = other.true_logits(self.theta, np.arange(len(x)))
         return other
-
-    def refitted(self, targets, carriers, pictures):
-        """Return the true logits of each target after the refit, and the refits' Fits."""
-        rows, owner = joined(carriers)
-        fits, _ = self.refits.fit(rows, owner, self.features(np.concatenate(pictures)))
-        return [self.true_logits(fits.theta[:, j], t) for j, t in enumerate(targets)], fits
 
 
 def cotangent(s, phi, y, theta):
@@ -204,48 +179,43 @@ def joined(carriers):
     return np.concatenate(carriers), owner
 
 
-def load(pictures, backbone, weight_decay, *, seed=0, n_train=900, n_test=300, **options):
+def load(size, pictures, n_train, backbone_name, weights, layer, weight_decay, *, seed, batch):
     """Return the Attacks on a head that is fitted to all training pictures; its `shown` has the
     test pictures (m, h, w, 3).
 
-    pictures : "rendered", "photos" or "ilsvrc" of `datasets.vehicles`, or "dog_fish"; n_train and
-    n_test of each class.
+    size : side of the pictures. pictures : "rendered", "photos" or "ilsvrc" of `datasets.vehicles`,
+    or "dog_fish", n_train of each class. layer : where the features come from, averaged over
+    space; "" for the backbone's last. batch : half as many together from 250 pixels a side.
     """
-    sizes, fish = {"seed": seed, "n_train": n_train, "n_test": n_test}, pictures == "dog_fish"
+    backbone = features.load_backbone(backbone_name, weights=weights, size=size)
+    if layer:
+        pooled = keras.layers.GlobalAveragePooling2D(dtype="float32")
+        model = keras.Model(backbone.model.input, pooled(backbone.model.get_layer(layer).output))
+        backbone = backbone._replace(name=f"{backbone_name} up to {layer}", model=model)
+    sizes, fish = {"seed": seed, "n_train": n_train}, pictures == "dog_fish"
     table = datasets.dog_fish(**sizes) if fish else datasets.vehicles(pictures, **sizes)
     phi = features.extract(table, backbone, batch_size=16).astype(float)
     data = vehicles.split(table, phi, positive="fish" if fish else None)
     images, train = datasets.pictures(table, backbone.size), (table["split"] == "train").to_numpy()
-    head = vehicles.fitted_head(data, weight_decay)
-    attacker = Attacks(data, head, backbone, images[train], **options)
+    head, batch = vehicles.fitted_head(data, weight_decay), batch if size < 250 else batch // 2
+    attacker = Attacks(data, head, backbone, images[train], batch=batch)
     attacker.shown = images[~train]
     return attacker
 
 
-def backbone_of(name, weights, size, layer=""):
-    """Return a Backbone for pictures of this side; up to `layer`, averaged over space, if named."""
-    whole = features.load_backbone(name, weights=weights, size=size)
-    if not layer:
-        return whole
-    pooled = keras.layers.GlobalAveragePooling2D(dtype="float32")
-    model = keras.Model(whole.model.input, pooled(whole.model.get_layer(layer).output))
-    return whole._replace(name=f"{name} up to {layer}", model=model)
-
-
 def clean_numbers(attacker):
     """Return what describes a bed before any attack: losses, accuracies, norms, margins."""
-    theta = attacker.theta
-    train, norm = (2 * attacker.y - 1) * (attacker.phi @ theta), np.linalg.norm(attacker.phi)
-    square = norm**2 / len(train)
+    train, margin = (2 * attacker.y - 1) * (attacker.phi @ attacker.theta), attacker.margin
+    square = np.linalg.norm(attacker.phi) ** 2 / len(train)
     return {
         "training loss": np.logaddexp(0, -train).mean(),
-        "test loss": np.logaddexp(0, -attacker.margin).mean(),
+        "test loss": np.logaddexp(0, -margin).mean(),
         "training accuracy": np.mean(train > 0),
-        "test accuracy": np.mean(attacker.margin > 0),
-        "|w|": np.linalg.norm(theta),
+        "test accuracy": np.mean(margin > 0),
+        "|w|": np.linalg.norm(attacker.theta),
         "feature norm": np.sqrt(square),
         "weight decay / norm^2": attacker.objective.decay[0] / square,
-        "median margin": np.median(attacker.margin[attacker.margin > 0]),
+        "median margin": np.median(margin[margin > 0]),
     }
 
 
@@ -258,56 +228,52 @@ def draw(attacker, seed, count):
 class Record:
     """Finished targets, after each group of them in a JSON file: a run cut off goes on from it.
 
-    The file is runs/<profile>/11_<name>.json and begins as figures/<profile>/11_<name>.json, the
-    committed one, if that is of the same bed (of the same pictures: margins tell); in `demo` there
-    is none. about : the bed and the rule.
+    The file is runs/<profile>/11_<name>.json, and for a promotion in runs/<profile>/figures too. It
+    begins as figures/<profile>/11_<name>.json, the committed one; where that is of another bed, or
+    of other pictures (margins tell), this is said and it is not used. In `demo` there is none.
+    about : the bed and the rule. targets : {test picture: dict, with its clean `margin`}.
     """
 
     def __init__(self, name, profile, about, attacker):
-        self.path = stored.folder("runs", profile) / f"11_{name}.json"
-        self.content, self.kept = {"about": claims.plain(about), "targets": {}}, profile != "demo"
-        for begun in (self.path, claims.committed(profile) / self.path.name) if self.kept else ():
-            if begun.exists():
-                content = json.loads(begun.read_text(encoding="utf-8"))
-                if content["about"] == self.content["about"] and _same_margins(content, attacker):
-                    self.content = content
-                    return
-                if begun == self.path:
-                    raise ValueError(f"{begun} holds another attack than asked for: move it away.")
+        self.profile, self.file, self.targets = profile, f"11_{name}.json", {}
+        self.about, own = claims.plain(about), stored.folder("runs", profile) / self.file
+        begun = own if own.exists() else claims.committed(profile) / self.file
+        if profile == "demo" or not begun.exists():
+            return
+        content = json.loads(begun.read_text(encoding="utf-8"))
+        known = {int(t): one for t, one in content["targets"].items()}
+        before, margin = content["about"], dict(enumerate(attacker.margin))
+        differs = [k for k in before | self.about if before.get(k) != self.about.get(k)]
+        if any(abs(margin.get(t, np.inf) - one["margin"]) > 0.05 for t, one in known.items()):
+            differs.append("margins of the test pictures")
+        told = f"{begun} holds another attack than asked for. What differs: {', '.join(differs)}."
+        if differs and begun == own:
+            raise ValueError(f"{told} Move it away.")
+        if differs:
+            print(f"{told} Its {len(known)} targets are not used.")
+        else:
+            self.targets = known
+            self.write("figures")
 
-    def known(self, tests):
-        """Return {test picture: dict} of those finished."""
-        done = self.content["targets"]
-        return {t: done[str(t)] for t in tests if str(t) in done}
+    def add(self, found):
+        """Add {test picture: dict}, and write the file, except in `demo`."""
+        self.targets |= {int(t): claims.plain(one) for t, one in found.items()}
+        if self.profile != "demo":
+            self.write()
+            self.write("figures")
 
-    def fill(self, attacker, tests, compute, *, at_once=8):
-        """Add compute([tests]) -> [dict] of test pictures, so many at once."""
-        for k in tqdm(range(0, len(tests), at_once), self.path.stem, leave=False):
-            part = tests[k : k + at_once]
-            for t, found in zip(part, compute(part), strict=True):
-                one = {"margin": attacker.margin[t], **found}
-                self.content["targets"][str(t)] = claims.plain(one)
-            self.write(self.path.parent)
-
-    def write(self, folder):
-        """Write the file to a folder; nothing in `demo`."""
-        if self.kept:
-            stored.write(folder / self.path.name, json.dumps(self.content) + "\n")
-
-
-def _same_margins(content, attacker):
-    """Return whether the finished targets have the margins of this attacker's."""
-    known = [(int(t), one["margin"]) for t, one in content["targets"].items()]
-    return all(t < len(attacker.margin) and abs(z - attacker.margin[t]) < 0.05 for t, z in known)
+    def write(self, *place):
+        """Write the file to runs/<profile>, or to a folder in it."""
+        text = json.dumps({"about": self.about, "targets": self.targets}) + "\n"
+        stored.write(stored.folder("runs", self.profile, *place) / self.file, text)
 
 
 def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
-    """Return (test pictures, what `ladder` found on each) of those that a Record has or gets.
+    """Return {test picture: what `ladder` found} of those that a Record has or gets, as drawn.
 
     bed : dict of what the attacker was made from, kept in the file. counts : how many pictures of
     the `draw` are attacked by one carrier, by up to five, and by up to ten, in this order; of the
-    better attacker those for ten come first. Without `go_on` only what is known is returned. The
-    file goes to runs/<profile>/figures too, from where a run is promoted.
+    better attacker those for ten come first. Without `go_on` only what is known is returned.
     """
     tests, better = draw(attacker, seed, counts[0]), how.get("better", False)
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
@@ -316,33 +282,16 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     record = Record(name, profile, about, attacker)
     parts = list(zip(counts, (2, 5, 6), strict=True))
     for count, stop in (parts[::-1] if better else parts) if go_on else ():
-        known, names = record.known(tests), tuple(SUBSETS)[:stop]
-
-        def over(t, known=known, names=names):
-            return t in known and (flipped(known[t]) or set(names) <= set(known[t]))
-
-        def climb(some, known=known, names=names):
-            begun = [known.get(t, {}) for t in some]
-            return ladder(attacker, some, begun, subsets=names, **how)
-
-        record.fill(attacker, [t for t in tests[:count] if not over(t)], climb)
-    known = record.known(tests)
-    record.write(stored.folder("runs", profile, "figures"))
-    return np.array([*known]), [*known.values()]
+        begun, names = {t: record.targets.get(t, {}) for t in tests[:count]}, [*SUBSETS][:stop]
+        left = [t for t, one in begun.items() if not (flipped(one) or names[-1] in one)]
+        for k in tqdm(range(0, len(left), 8), record.file, leave=False):
+            some = {t: begun[t] for t in left[k : k + 8]}
+            record.add(ladder(attacker, some, subsets=names, **how))
+    return {t: record.targets[t] for t in tests if t in record.targets}
 
 
-def ladder(
-    attacker,
-    tests,
-    begun=None,
-    *,
-    better=False,
-    subsets=tuple(SUBSETS),
-    size=40,
-    steps=100,
-    box=0.5,
-):
-    """Return what attacks on single test pictures (k,) reached, a dict each.
+def ladder(attacker, begun, *, better=False, subsets=SUBSETS, size=40, steps=100, box=0.5):
+    """Return what attacks on single test pictures reached, {test picture: dict}.
 
     `subsets` of ten carriers in turn, until one flips the picture: {name: [margin, steps]}. As the
     original: the carriers largest in L1 among `size` that are looked at, every subset from
@@ -350,107 +299,80 @@ def ladder(
     steps realise (`tried`, `falls`), without those that bring less than a tenth of the best one's;
     a subset begins where the smaller ones ended, and its steps, 0.7 times as many, shorten.
     forecast : what each carrier would take off the margin to first order. passes : pictures that
-    went through the backbone and back. begun : dicts to which further subsets are added, {} if new.
+    went through the backbone and back. begun : {test picture: dict}, to which subsets are added.
     """
-    targets, found, made = [np.array([t]) for t in tests], [], []
-    for t, old in zip(tests, begun or [{}] * len(tests), strict=True):
-        one, alone = first(attacker, t, better, size, box) if not old else (dict(old), {})
-        found.append(one)
-        made.append(alone)
-    falling = np.geomspace(box / 5, box / 50, round(0.7 * steps))
+    found, made = {}, {}
+    for t, one in begun.items():
+        found[t], made[t] = (dict(one), {}) if one else _first(attacker, t, better, size, box)
+    lengths = np.geomspace(box / 5, box / 50, round(0.7 * steps)) if better else (0.02,) * steps
     for name in subsets:
-        live = [j for j, one in enumerate(found) if not flipped(one) and name not in one]
-        tried = [np.array(found[j]["carriers"])[SUBSETS[name]] for j in live]
+        live = [t for t, one in found.items() if not flipped(one) and name not in one]
+        carriers = [np.array(found[t]["carriers"])[SUBSETS[name]] for t in live]
         start = [
-            np.stack([made[j].get(i, attacker.images[i]) for i in own])
-            for j, own in zip(live, tried, strict=True)
+            np.stack([made[t].get(i, attacker.images[i]) for i in rows])
+            for t, rows in zip(live, carriers, strict=True)
         ]
-        aims, lengths = [targets[j] for j in live], falling if better else (0.02,) * steps
-        done = attacker.attack(aims, tried, start=start, box=box, lengths=lengths) if live else []
-        for j, own, x, (z,), taken in zip(live, tried, *(done or [[]] * 3), strict=True):
-            found[j] |= {name: [z, taken], "passes": found[j]["passes"] + len(own) * (taken + 1)}
-            if better:
-                made[j].update(zip(own, x, strict=True))
+        aims, how = [np.array([t]) for t in live], {"box": box, "lengths": lengths}
+        done = attacker.attack(aims, carriers, start=start, **how) if live else []
+        for t, rows, (x, (z,), taken) in zip(live, carriers, done, strict=True):
+            passes = found[t]["passes"] + len(rows) * (taken + 1)
+            found[t] |= {name: [z, taken], "passes": passes}
+            made[t] |= dict(zip(rows, x, strict=True)) if better else {}
     return found
 
 
-def first(attacker, t, better, size, box):
+def _first(attacker, t, better, size, box):
     """Return what `ladder` knows of a target before its subsets, and pictures made so far."""
     rows, scores = attacker.shortlist(np.array([t]), size)
     slope = box / len(attacker.y) * np.linalg.norm(attacker.data.x_test[t])
-    one = {"carriers": rows[:10], "forecast": slope * scores[:10], "passes": size}
+    one = {"margin": attacker.margin[t], "carriers": rows[:10], "forecast": slope * scores[:10]}
     if not better:
-        return one, {}
-    tried, lengths = rows[:12], (box / 5,) * 5
-    done = attacker.attack([np.array([t])] * len(tried), tried[:, None], box=box, lengths=lengths)
-    falls = attacker.margin[t] - np.concatenate(done.logits)
+        return one | {"passes": size}, {}
+    rows = rows[:12]
+    targets, lengths = [np.array([t])] * len(rows), (box / 5,) * 5
+    done = attacker.attack(targets, rows[:, None], box=box, lengths=lengths)
+    pictures, logits, steps = zip(*done, strict=True)
+    falls = attacker.margin[t] - np.concatenate(logits)
     order = np.argsort(-falls)[: max(2, (falls > 0.1 * falls.max()).sum())]
-    one |= {"carriers": rows[order[:10]], "tried": tried, "falls": falls}
-    one["passes"] += (done.steps + 1).sum()
-    return one, {rows[j]: done.pictures[j][0] for j in order}
+    one |= {"carriers": rows[order[:10]], "tried": rows, "falls": falls}
+    one["passes"] = size + sum(steps) + len(steps)
+    return one, {rows[j]: pictures[j][0] for j in order}
 
 
-def flipped(found, count=10):
-    """Return whether one of `ladder`'s dicts has flipped by at most `count` carriers."""
-    names = [name for name in SUBSETS if name in found and number(name) <= count]
-    return any(found[name][0] < 0 for name in names)
+def flipped(one):
+    """Return whether what `ladder` knows of a target has a subset that flipped it."""
+    return any(one[name][0] < 0 for name in SUBSETS if name in one)
 
 
-def number(subset):
-    """Return how many carriers a subset of SUBSETS has."""
-    return 1 if subset in ("1st", "2nd") else int(subset)
+def reached(found):
+    """Return a table of what `ladders` found, one row a target in the order of the draw.
+
+    Columns: margin; fall, how far the better of two single carriers lowered it; forecast of the
+    best carrier; flipped, by one; and the lowest logit that 1, 2, 3, 5 and 10 carriers left,
+    missing where so many were not tried.
+    """
+    table = pd.DataFrame(found.values(), columns=["margin", "forecast", *SUBSETS])
+    table = table.map(lambda v: np.ravel(v)[0]).astype(float)  # of several numbers the first
+    table[1] = table[["1st", "2nd"]].min(axis=1)
+    table["fall"], table["flipped"] = table["margin"] - table[1], table[1] < 0
+    table = table.rename(columns={str(count): count for count in COUNTS})
+    return table[["margin", "fall", "forecast", "flipped", *COUNTS]]
 
 
-def shares(found, counts):
-    """Return {1, 2, 3, 5, 10: hits (k,)}: which of the first k targets so many carriers flipped.
+def flips(table, counts):
+    """Return {1, 2, 3, 5, 10: hits (k,)}: which of the first k targets at most so many flipped.
 
-    found : of `ladders`, in the order of the draw; counts : as there. Where a run was cut off only
-    whole groups of eight count: where it stopped must not depend on what flipped.
+    table : as `reached` returns; counts : as in `ladders`. Where a run was cut off only whole
+    groups of eight count: where it stopped must not depend on what flipped.
     """
     hits = {}
-    for count, limit in zip(
-        (1, 2, 3, 5, 10), (counts[0], *[counts[1]] * 3, counts[2]), strict=True
-    ):
-        last = "2nd" if count == 1 else str(count)
-        over = [flipped(one) or last in one for one in found[:limit]] + [False]
-        k = over.index(False)
+    for count, limit in zip(COUNTS, np.repeat(counts, (1, 3, 1)), strict=True):
+        left = table[[*COUNTS]][:limit]
+        over = (left < 0).any(axis=1) | left[count].notna()
+        k = over.cumprod().sum()
         k = k if k == limit else k - k % 8
-        hits[count] = np.array([flipped(one, count) for one in found[:k]], bool)
+        hits[count] = (left[:k].loc[:, :count] < 0).any(axis=1).to_numpy()
     return hits
-
-
-def together(attacker, name, profile, bed, tests, *, size, steps, without=(), go_on=True):
-    """Return the one dict of an attack on test pictures all at once, by one carrier; or None.
-
-    The carrier is the training picture with the largest L1 norm that is not in `without`; all steps
-    of 0.005 levels are taken. before, after : margins. moved : length of the carrier's way in
-    feature space, over the mean distance of its class to its centroid.
-    """
-    about = {"bed": bed, "tests": tests, "steps": steps, "without": without}
-    record, key = Record(name, profile, about, attacker), [tests[0]]
-
-    def attack(_):
-        rows = attacker.shortlist(tests, size)[0]
-        rows = rows[~np.isin(attacker.data.train["id"].iloc[rows], without)][:1]
-        done = attacker.attack([tests], [rows], lengths=(0.005,) * steps, stop=False)
-        own = attacker.phi[attacker.y == attacker.y[rows[0]]]
-        away = np.linalg.norm(attacker.features(done.pictures[0])[0] - attacker.phi[rows[0]])
-        radius = np.linalg.norm(own - own.mean(0), axis=1).mean()
-        found = {"carrier": rows[0], "moved": away / radius}
-        return [found | {"before": attacker.margin[tests], "after": done.logits[0]}]
-
-    if go_on and not record.known(key):
-        record.fill(attacker, key, attack)
-    record.write(stored.folder("runs", profile, "figures"))
-    return record.known(key).get(tests[0])
-
-
-def alike(attacker, label, k):
-    """Return the k test pictures of a class, named correctly, that lie closest together."""
-    rows = np.flatnonzero((attacker.data.y_test == label) & (attacker.margin > 0))
-    away = euclidean_distances(attacker.data.x_test[rows])
-    centre = np.sort(away, axis=1)[:, k - 1].argmin()
-    return rows[np.argsort(away[centre])[:k]]
 
 
 def versions(picture, count, seed):
@@ -465,21 +387,6 @@ def versions(picture, count, seed):
     return np.stack(made)
 
 
-def by_one(found):
-    """Return margin, fall, forecast and whether it flipped, by the better of two carriers."""
-    rows = [
-        (
-            one["margin"],
-            min(one[name][0] for name in ("1st", "2nd") if name in one),
-            one["forecast"][0],
-        )
-        for one in found
-    ]
-    table = pd.DataFrame(rows, columns=["margin", "fall", "forecast"])
-    table["flipped"], table["fall"] = table["fall"] < 0, table["margin"] - table["fall"]
-    return table
-
-
 def saved(picture, original):
     """Return a picture in whole levels; what lies half-way between two keeps the original's.
 
@@ -487,12 +394,3 @@ def saved(picture, original):
     """
     change = picture.astype(float) - original
     return original + np.sign(change) * np.ceil(np.abs(change) - 0.5 - 1e-6)
-
-
-def jpeg(pictures):
-    """Return pictures in whole levels (k, h, w, 3) after a JPEG of quality 90."""
-    quality, seen = [cv2.IMWRITE_JPEG_QUALITY, 90], []
-    for picture in np.uint8(pictures):
-        _, file = cv2.imencode(".jpg", picture[..., ::-1], quality)
-        seen.append(cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
-    return np.stack(seen)
