@@ -335,7 +335,8 @@ def test_names_from_data_are_text_in_every_page(name):
     )
     code = nbformat.v4.new_code_cell("f()", outputs=[table], execution_count=1)
     of_notebook = pages.of_notebook(nbformat.v4.new_notebook(cells=[code]))
-    for text in (page["explore"](0), of_notebook, pages._markdown_row([name, name])):
+    explored = page["explore"](0), page["links"]("by margin", [0, 1])
+    for text in (*explored, of_notebook, pages._markdown_row([name, name])):
         assert "<img src=x" not in text
         assert "<script>alert" not in text
     rows = pages._markdown_row([name, "end"])
@@ -346,13 +347,22 @@ def test_names_from_data_are_text_in_every_page(name):
 def test_the_explorer_is_read_without_a_mouse_a_script_or_eyes():
     """Every picture has a text, every test picture opens by the keyboard, and the link leads on."""
     page = pages.of_notebook(nbformat.read(NOTEBOOKS / "04_influence.ipynb", 4))
-    opened = re.findall(r"<details.*?</details>", page, re.DOTALL)
+    details = re.findall(r"<details.*?</details>", page, re.DOTALL)
+    lists, opened = details[:2], details[2:]
     assert len(opened) >= 6
     for part in opened:
         assert re.match(r"<details ?><summary>test \d+: .+, margin -?\d", part)
         assert part.count("<img") == 9
         assert len(set(re.findall(r'alt="((?:test|training) picture \d+)"', part))) == 9
         assert part.count("actual ") == part.count("predicted ") == 8
+    shown = [re.findall(r'href="#(test-\d+)">.*?margin (-?[\d.]+)', text) for text in lists]
+    assert sorted(shown[0]) == sorted(shown[1])
+    assert len(shown[0]) == len(opened)
+    assert all(page.count(f'id="{test}"') == 1 for test, _ in shown[0])
+    by_error, by_margin = ([float(margin) for _, margin in rows] for rows in shown)
+    assert by_error == sorted(by_error)  # the loss falls as the margin grows: the wrong come first
+    assert by_margin == sorted(by_margin, key=abs)
+    assert by_error[0] < 0 < by_error[-1]
     assert 'href="#refits"' in page
     assert page.count('id="refits"') == 1
 
