@@ -88,11 +88,8 @@ def verdict_page(profile):
         name = row["notebook"]
         own = claims[claims["notebook"] == name]
         title = _link(name, f"{name[:2]} · {row['question']}", up="../../")
-        lines += [
-            f"## {title}",
-            "",
-            f"{row['answer']} {row[profile]}" if len(own) else "Not run yet.",
-        ]
+        answer = f"{row['answer']} {row[profile]}".strip()
+        lines += [f"## {title}", "", answer if len(own) else "Not run yet."]
         if len(own):
             lines += ["", "| claim | whose | criterion | value | outcome |", "|" + " --- |" * 5]
         for c in own.itertuples():
