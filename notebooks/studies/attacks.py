@@ -42,6 +42,8 @@ class Attacks:
     def __init__(self, data, objective, backbone, images, *, batch=20):
         self.data, self.objective, self.backbone, self.images = data, objective, backbone, images
         self.batch, self.theta, self.refits = batch, objective.theta, Replacements(objective)
+        kinds = backbone.model.trainable_variables, backbone.model.non_trainable_variables
+        self.weights = [[v.numpy() for v in variables] for variables in kinds]
         self.phi, self.y = objective.head.phi, objective.head.y.ravel().astype(float)
         if self.phi.shape[1] != data.x_test.shape[1] or set(np.unique(self.y)) - {0, 1}:
             raise ValueError("Attacks need a head without a bias, and the labels 0 and 1.")
@@ -49,7 +51,9 @@ class Attacks:
 
     @tf.function(reduce_retracing=True, autograph=False)
     def _features(self, x):
-        return self.backbone.model(self.backbone.preprocess(x), training=False)
+        # The frozen weights are constants here: of variables the gradients would be computed too.
+        model, x = self.backbone.model, self.backbone.preprocess(x)
+        return model.stateless_call(*self.weights, x, training=False)[0]
 
     def see(self, x):
         """Return the features (b, d) of pictures 0..255, and pull(c) -> J' c of each, like x."""
