@@ -44,7 +44,7 @@ def spectrum(H, *, steps=40, starts=1, seed=0, rows=None):
     """
     H, rng = as_operator(H), np.random.default_rng(seed)
     p = H.shape[0]
-    product = _products_of_rows(H, rows)
+    product = products_of_rows(H, rows)
     values, weights = [], []
     for _ in range(starts):
         alphas, betas = _lanczos(product, rng.normal(size=(p, 1)), min(steps, p))
@@ -56,8 +56,8 @@ def spectrum(H, *, steps=40, starts=1, seed=0, rows=None):
     return Spectrum(values[order], weights[order], values.min(), values.max(), len(alphas))
 
 
-def _products_of_rows(H, rows):
-    """Return v -> H v on float64 tensors (p, 1), with H of some training examples or of all."""
+def products_of_rows(H, rows):
+    """Return V -> H V on float64 tensors (p, k), with H of some training examples or of all."""
     if rows is None:
         return lambda v: H.damped(v, tf.zeros((), tf.float64))
     precision = H.precision

@@ -21,12 +21,10 @@ def normalised():
 
 def test_many_trainings_are_each_keras_own_training():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 4)), rng.integers(0, 3, (3, 30))
+    x, y = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
     rows = np.stack([rng.permutation(30)[:12] for _ in range(3)])
-    model, options = normalised(), {"weight_decay": 0.1, "steps": 40, "rate": 0.05}
-    many = methods.train_many(
-        model, SOFTMAX, x, y, rows, seeds=[1, 2, 1], keep=(40,), batch=2, **options
-    )
+    problem = methods.Problem(x, y, x, y, normalised(), SOFTMAX, 0.1, 40, 0.05)
+    found = methods.train_many(problem, y, rows, [1, 2, 1], keep=(40,), batch=2)
     for k, seed in enumerate([1, 2, 1]):
         keras.utils.set_random_seed(seed)
         alone = normalised()
@@ -37,12 +35,12 @@ def test_many_trainings_are_each_keras_own_training():
 
         schedule = keras.optimizers.schedules.CosineDecay(0.05, 40)
         alone.compile(keras.optimizers.Adam(schedule), loss=penalised)
-        alone.fit(x[rows[k]], y[k][rows[k]], batch_size=12, epochs=40, verbose=0, shuffle=False)
+        alone.fit(x[rows[k]], y[rows[k]], batch_size=12, epochs=40, verbose=0, shuffle=False)
         theta = np.concatenate([v.numpy().ravel() for v in alone.trainable_variables])
         rest = np.concatenate([v.numpy().ravel() for v in alone.non_trainable_variables])
-        np.testing.assert_allclose(many.theta[k], theta, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(many.rest[k], rest, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(many.checkpoints[-1], many.theta)
+        np.testing.assert_allclose(found[0][k], theta, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[1][k], rest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found[2][-1], found[0])
 
 
 def test_the_noise_ceiling_is_what_the_true_effect_of_a_subset_reaches():

@@ -191,12 +191,14 @@ def one_picture_at_a_time(picture, label, backbone, weights, bias, rounds):
 def test_the_batched_attack_is_the_one_picture_loop(pictures, backbone, problem):
     weights, bias, labels = problem
     before = pictures.copy()
-    found = shifts.attack(pictures, labels, backbone, weights, bias=bias, rounds=7, batch_size=4)
+    attacked, rounds = shifts.attack(
+        pictures, labels, backbone, weights, bias=bias, rounds=7, batch_size=4
+    )
     for j, picture in enumerate(pictures):
         x, taken = one_picture_at_a_time(picture, labels[j], backbone, weights, bias, 7)
-        np.testing.assert_allclose(found.pictures[j], x, atol=1e-9)
-        assert found.rounds[j] == taken
-    assert len(set(found.rounds)) > 1  # some stopped early, or the test shows nothing of it
+        np.testing.assert_allclose(attacked[j], x, atol=1e-9)
+        assert rounds[j] == taken
+    assert len(set(rounds)) > 1  # some stopped early, or the test shows nothing of it
     np.testing.assert_array_equal(pictures, before)
 
 
@@ -204,7 +206,7 @@ def test_the_batched_attack_is_the_one_picture_loop(pictures, backbone, problem)
 def test_attacks_stay_in_the_box_and_the_range_and_lower_p_true(seed, pictures, backbone, problem):
     weights, bias, labels = problem
     extreme = np.where(pictures > 128, np.uint8(255), pictures)  # the range must bite
-    found = shifts.attack(
+    attacked, rounds = shifts.attack(
         extreme,
         labels,
         backbone,
@@ -216,12 +218,12 @@ def test_attacks_stay_in_the_box_and_the_range_and_lower_p_true(seed, pictures, 
         stop=2,
         seed=seed,
     )
-    assert np.abs(found.pictures - extreme).max() <= 2 + 1e-9
-    assert found.pictures.min() >= 0
-    assert found.pictures.max() <= 255
-    assert (found.rounds == 6).all()
+    assert np.abs(attacked - extreme).max() <= 2 + 1e-9
+    assert attacked.min() >= 0
+    assert attacked.max() <= 255
+    assert (rounds == 6).all()
     towards = 1 - 2 * labels
-    logit = [features.measure(x, backbone) @ weights * towards for x in (extreme, found.pictures)]
+    logit = [features.measure(x, backbone) @ weights * towards for x in (extreme, attacked)]
     assert (logit[1] > logit[0]).all()
 
 

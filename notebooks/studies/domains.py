@@ -6,15 +6,14 @@ one parameter each.
 
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.metrics.pairwise import euclidean_distances
 
-from helpers import Objective, Removals, fit_head, predicted_loss_change, s_test
+from helpers import Removals, fit_head, predicted_loss_change, s_test
 from helpers.gradients import per_example_gradients
-from support.models import linear_head
+from support.models import bound_head
 
 
 def stratified(cohort, n_class, rng):
@@ -62,8 +61,8 @@ class Case(NamedTuple):
     y: np.ndarray
     test: np.ndarray
     gone: np.ndarray
-    models: tuple
-    fits: tuple
+    models: list
+    fits: list
     logits: np.ndarray
     s: np.ndarray
     changes: np.ndarray
@@ -80,28 +79,15 @@ class Case(NamedTuple):
         return np.flatnonzero((self.logits[1] > 0) != (self.y[self.test] > 0))
 
 
-def case(x, y, before, lost, test, weight_decay, start=None):
-    """Return the Case of training rows `before` that lose those at the positions `lost`.
-
-    start : (d,), where the fits start; by default at zero.
-    """
+def case(x, y, before, lost, test, weight_decay):
+    """Return the Case of training rows `before` that lose those at the positions `lost`."""
     after = np.delete(before, lost)
-    models, fits = zip(
-        *(_fit(x[r], y[r], weight_decay, start) for r in (before, after)), strict=True
-    )
+    models = [bound_head(x[rows], y[rows], weight_decay) for rows in (before, after)]
+    fits = [fit_head(model) for model in models]
     logits = np.stack([x[test] @ model.theta for model in models])
     s = s_test(models[1], x[test], y[test]).x
     changes = predicted_loss_change(models[1], s)
     return Case(x, y, test, before[lost], models, fits, logits, s, changes)
-
-
-def _fit(x, y, weight_decay, start):
-    """Return the Objective of a logistic model at its minimum, and the Fit."""
-    loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    objective = Objective(linear_head(x.shape[1]), loss, x, y, weight_decay=weight_decay)
-    if start is not None:
-        objective.theta = start
-    return objective, fit_head(objective)
 
 
 def lead(changes, children):
@@ -177,12 +163,7 @@ def lbfgs_path(x, y, weight_decay, steps):
         loss = np.logaddexp(0, z).mean() - (y * z).mean() + weight_decay / 2 * theta @ theta
         return scale * loss, scale * (x.T @ (expit(z) - y) / len(y) + weight_decay * theta)
 
-    minimize(
-        objective,
-        path[0],
-        jac=True,
-        method="L-BFGS-B",
-        callback=lambda theta: path.append(theta.copy()),
-        options={"maxiter": steps, "gtol": 1e-8, "ftol": 64 * np.finfo(float).eps},
-    )
+    how = {"jac": True, "method": "L-BFGS-B", "callback": lambda theta: path.append(theta.copy())}
+    options = {"maxiter": steps, "gtol": 1e-8, "ftol": 64 * np.finfo(float).eps}
+    minimize(objective, path[0], options=options, **how)
     return np.array(path), np.linalg.norm(objective(path[-1])[1]) / scale

@@ -1,4 +1,4 @@
-"""Leave-one-out of a linear head (05): the data, other ways to predict, and what spoils them.
+"""Leave-one-out of a linear head (05): other ways to predict, and what spoils them.
 
 n training points, m test points, d features, p parameters; changes of losses are in nats.
 """
@@ -11,18 +11,6 @@ from sklearn.linear_model import LogisticRegression
 
 from helpers import Cholesky, Hessian, LiSSA, Removals, predicted_loss_change, s_test, solve
 from helpers.gradients import per_example_gradients
-from support import datasets
-
-
-def digits(source, side, seed):
-    """Return MNIST as Arrays with pixels averaged down to side x side, inputs (n, side**2)."""
-    data, block = datasets.mnist(source, seed=seed), 28 // side
-
-    def smaller(images):
-        blocks = images.reshape(-1, side, block, side, block)
-        return blocks.mean((2, 4)).reshape(len(images), -1).astype(float)
-
-    return data._replace(x_train=smaller(data.x_train), x_test=smaller(data.x_test))
 
 
 def refits(removals, rows, keep, size=500):
@@ -53,7 +41,7 @@ def by_lissa(objective, x, y, samples):
     return changes
 
 
-def spoilt(objective, x, y, weight_decay, steps=20):
+def spoilt(objective, x, y, weight_decay):
     """Return {cause: predicted changes (m, n)}, first order with one thing spoilt in each."""
     hessian = Hessian(objective).dense()
     gradients = per_example_gradients(objective, x, y).T
@@ -67,19 +55,12 @@ def spoilt(objective, x, y, weight_decay, steps=20):
         solution = kept @ ((kept.T @ gradients) / values[-rank:, None])
         solutions[f"the {rank} largest eigenvalues alone"] = solution
     changes = {name: predicted_loss_change(objective, s) for name, s in solutions.items()}
-    unfinished = _stopped_early(objective, x, y, steps, 1 / (1.05 * values[-1]))
-    return changes | {f"training stopped after {steps} steps": unfinished}
-
-
-def _stopped_early(objective, x, y, steps, rate):
-    """Return predicted changes (m, n) at the end of a few steps of gradient descent from zero."""
-    best, theta = objective.theta, np.zeros(objective.p)
-    for _ in range(steps):
+    theta, rate = np.zeros(objective.p), 1 / (1.05 * values[-1])  # of gradient descent from zero
+    for _ in range(20):
         theta -= rate * objective.head.gradient(theta)
-    objective.theta = theta
-    changes = predicted_loss_change(objective, s_test(objective, x, y))
-    objective.theta = best
-    return changes
+    with objective.at(theta):
+        unfinished = predicted_loss_change(objective, s_test(objective, x, y))
+    return changes | {"training stopped after 20 steps": unfinished}
 
 
 def groups(kinds, seed):
@@ -102,10 +83,8 @@ def group_effects(objective, groups, x, y):
 
     By the sum of first order, by one Newton step on the objective without the group, by the refit.
     """
-    removals, changes = (
-        Removals(objective),
-        predicted_loss_change(objective, s_test(objective, x, y)),
-    )
+    removals = Removals(objective)
+    changes = predicted_loss_change(objective, s_test(objective, x, y))
     steps = np.transpose([removals.theta + removals.group_newton_step(rows) for rows in groups])
     ends = [removals.loss_change(thetas, x, y) for thetas in (steps, removals.exact_groups(groups))]
     return np.stack([np.transpose([changes[:, rows].sum(1) for rows in groups]), *ends])

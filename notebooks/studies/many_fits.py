@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
+from sklearn.utils import gen_batches
 from tqdm.auto import tqdm
 
 from helpers import checks
@@ -18,14 +19,13 @@ TINY = np.finfo(float).tiny
 
 
 class Fits(NamedTuple):
-    """The ends of many fits: theta (p, k), gradient norms (k,), products spent on each (k,)."""
+    """The ends of many fits: theta (p, k), gradient norms (k,)."""
 
     theta: np.ndarray
     gradient_norm: np.ndarray
-    products: np.ndarray
 
 
-def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32, max_steps=100):
+def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32):
     """Return the Fits of an objective's head to k columns of labels at once.
 
     Newton's method on every column, each with its own Hessian and Armijo step, the directions by
@@ -48,13 +48,11 @@ def fit_many(objective, labels, *, weight=None, start=None, tol=1e-8, batch=32, 
     checks.labels(objective.loss.object, labels.ravel(), (labels.size, head.c))
     theta = np.zeros((len(head.decay), k)) if start is None else np.array(start, np.float64)
     share = np.repeat(head.weight[:, None], k, 1) / n if weight is None else weight / weight.sum(0)
-    norms, products = np.zeros(k), np.zeros(k, int)
-    basis = _basis(head, labels, share, theta)
-    bar = tqdm(range(0, k, batch), desc="fits", unit="batch", leave=False)
-    for part in (slice(first, first + batch) for first in bar):
+    norms, basis = np.zeros(k), _basis(head, labels, share, theta)
+    for part in tqdm([*gen_batches(k, batch)], desc="fits", unit="batch", leave=False):
         columns = _Columns(head, basis, labels[:, part], share[:, part])
-        theta[:, part], norms[part], products[part] = columns.fit(theta[:, part], tol, max_steps)
-    return Fits(theta, norms, products)
+        theta[:, part], norms[part] = columns.fit(theta[:, part], tol)
+    return Fits(theta, norms)
 
 
 class _Basis(NamedTuple):
@@ -88,25 +86,22 @@ class _Basis(NamedTuple):
 
 
 def _basis(head, labels, share, theta):
-    phi, decay, none = head.phi, head.decay.reshape(head.d, head.c), np.zeros(head.n)
-    if np.count_nonzero(phi) < 0.1 * phi.size:
-        phi = scipy.sparse.csr_array(phi)
-        return _Basis(phi, phi.T.tocsr(), head.decay, none, None)
-    if head.d > DENSE_FIT or np.ptp(decay, axis=1).any():
-        return _Basis(phi, phi.T, head.decay, none, None)
+    if np.count_nonzero(head.phi) < 0.1 * head.phi.size:
+        phi = scipy.sparse.csr_array(head.phi)
+        return _Basis(phi, phi.T.tocsr(), head.decay, np.zeros(head.n), None)
     some = slice(None, None, -(-labels.shape[1] // 32))
-    plain = _Basis(phi, phi.T, head.decay, none, None)
-    return _whitened(head, plain, labels[:, some], share[:, some], theta[:, some])
+    return _whitened(head, labels[:, some], share[:, some], theta[:, some])
 
 
-def _whitened(head, plain, labels, share, theta):
+def _whitened(head, labels, share, theta):
+    plain = _Basis(head.phi, head.phi.T, head.decay, np.zeros(head.n), None)
     columns = _Columns(head, plain, labels, share)
     a = columns.curvatures(columns.outputs(theta))
     pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
-    matrix = gram(plain.psi, pull)
+    matrix = gram(head.phi, pull)
     matrix[np.diag_indices_from(matrix)] += head.decay[:: head.c]
     factor = Factor(matrix)
-    psi = np.ascontiguousarray(factor.whiten(plain.psi.T).T)
+    psi = np.ascontiguousarray(factor.whiten(head.phi.T).T)
     return _Basis(psi, psi.T, np.ones(len(theta)), pull, factor)
 
 
@@ -115,9 +110,6 @@ class _Columns:
 
     def __init__(self, head, basis, labels, share):
         self.head, self.basis, self.labels, self.share = head, basis, labels, share
-
-    def _take(self, columns):
-        return _Columns(self.head, self.basis, self.labels[:, columns], self.share[:, columns])
 
     def _each(self, function, outputs):
         """Return function(y, outputs) (n, ..., k) at the columns' own labels."""
@@ -134,57 +126,53 @@ class _Columns:
 
     def _back(self, moved, u, outputs):
         """Return psi' (moved - pull outputs) + decay u, (p, k)."""
-        if self.basis.factor is not None:
-            moved = moved - self.basis.pull[:, None, None] * outputs
+        moved = moved - self.basis.pull[:, None, None] * outputs
         data = _product(self.basis.psi_t, moved.reshape(len(moved), -1)).reshape(u.shape)
         data += self.basis.decay[:, None] * u
         return data
 
     def _loss(self, u, outputs):
         data = (self.share * self._each(self.head.losses, outputs)).sum(0)
-        pulled = self.basis.pull @ (outputs**2).sum(1) if self.basis.factor is not None else 0
-        return data + 0.5 * (self.basis.decay @ u**2 - pulled)
+        return data + 0.5 * (self.basis.decay @ u**2 - self.basis.pull @ (outputs**2).sum(1))
 
-    def fit(self, theta, tol, max_steps):
-        """Return theta, gradient norms and products of Newton's method on every column."""
-        u, products = self.basis.enter(theta).copy(), np.zeros(theta.shape[1], int)
+    def fit(self, theta, tol):
+        """Return the Fits that at most 100 steps of Newton's method on every column reach."""
+        u = self.basis.enter(theta).copy()
         outputs = self.outputs(u)
         loss = self._loss(u, outputs)
-        for _ in range(max_steps):
+        for _ in range(100):
             residual = self._each(self.head.residuals, outputs) * self.share[:, None]
             gradient = self._back(residual, u, outputs)
             norms = np.linalg.norm(self.basis.gradient(gradient), axis=0)
             left = np.flatnonzero(norms > tol)
             if not len(left):
                 break
-            some, g = self._take(left), gradient[:, left]
+            some = _Columns(self.head, self.basis, self.labels[:, left], self.share[:, left])
+            g = gradient[:, left]
             rtol = np.minimum(0.1, np.sqrt(np.linalg.norm(g, axis=0)))
-            direction, moved, spent = some.solve(outputs[..., left], g, rtol)
+            direction, moved = some.solve(outputs[..., left], g, rtol)
             length = some._armijo(u, outputs, loss, left, direction, moved, g)
             u[:, left] -= length * direction
             outputs[..., left] -= length * moved
             loss[left] = some._loss(u[:, left], outputs[..., left])
-            products[left] += spent
-        return self.basis.leave(u), norms, products
+        return Fits(self.basis.leave(u), norms)
 
     def solve(self, outputs, gradient, rtol):
-        """Return H_k^-1 g_k by conjugate gradients, its outputs (n, C, k), and the products."""
+        """Return H_k^-1 g_k by at most 1,000 conjugate gradients, and its outputs (n, C, k)."""
         a, norms = self.curvatures(outputs), np.linalg.norm(gradient, axis=0)
         direction, moved = np.zeros_like(gradient), np.zeros_like(outputs)
-        stop, spent = rtol * norms, np.zeros(len(norms), int)
         at = np.arange(len(norms))  # the columns at work: now and then the finished ones leave
         x, out, r, d = direction.copy(), moved.copy(), gradient.copy(), gradient.copy()
         rr = (r * r).sum(0)
-        while True:
-            live = (np.sqrt(rr) > stop[at]) & (spent[at] < 1000)
+        for _ in range(1000):
+            live = np.sqrt(rr) > (rtol * norms)[at]
             if live.sum() <= 0.75 * len(at):
                 direction[:, at], moved[..., at] = x, out
                 at, rr = at[live], rr[live]
-                if not len(at):
-                    return direction, moved, spent
                 x, out, r, d, a = (v[..., live] for v in (x, out, r, d, a))
-                continue
-            spent[at] += live
+                live = live[live]
+            if not len(at):
+                break
             od = self.outputs(d)
             bent = a[:, 0] * od if self.head.c == 1 else np.einsum("nabk,nbk->nak", a, od)
             hd = self._back(bent, d, od)
@@ -196,6 +184,8 @@ class _Columns:
             d *= new / np.maximum(rr, TINY)
             d += r
             rr = new
+        direction[:, at], moved[..., at] = x, out
+        return direction, moved
 
     def _armijo(self, u, outputs, loss, left, direction, moved, gradient):
         """Return the length (k,) of each column's step: halved until its loss falls enough."""
@@ -224,8 +214,7 @@ class Replacements:
             raise ValueError(f"Replacements need one output and at most {DENSE_FIT} features.")
         self.head, self.share = head, head.weight / head.n
         one = head.y.reshape(-1, 1), self.share[:, None], self.theta[:, None]
-        plain = _Basis(head.phi, head.phi.T, head.decay, np.zeros(head.n), None)
-        self.basis = _whitened(head, plain, *one)
+        self.basis = _whitened(head, *one)
 
     def fit(self, rows, owner, phi, *, start=None, tol=1e-10):
         """Return the Fits of k = max(owner) + 1 refits, and solve(g, rtol) -> H_k^-1 g_k, (p, k).
@@ -244,7 +233,7 @@ class Replacements:
         basis = self.basis._replace(psi=psi, psi_t=psi.T, pull=pull)
         columns = _Columns(head, basis, labels, np.concatenate([share, own]))
         begin = np.repeat(self.theta[:, None], k, 1) if start is None else start
-        fits = Fits(*columns.fit(begin, tol, 100))
+        fits = columns.fit(begin, tol)
 
         def solve(g, rtol=1e-6):
             outputs = columns.outputs(basis.enter(fits.theta))

@@ -11,7 +11,9 @@ import keras
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
+from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestNeighbors
+from sklearn.utils import gen_batches
 from tqdm.auto import tqdm
 
 from helpers import (
@@ -45,20 +47,11 @@ class Problem(NamedTuple):
     rate: float = 0.01
 
 
-def some_digits(digits, shape, n, seed):
-    """Return n random training digits and the first 1,000 test digits: x, y, x_test, y_test.
-
-    shape : what turns pictures (k, 784) into what a model reads.
-    """
+def some_digits(digits, n, seed):
+    """Return n random training digits and the first 1,000 test digits: x, y, x_test, y_test."""
     some = np.random.default_rng([seed, 14]).permutation(len(digits.x_train))[:n]
-    train = shape(digits.x_train)[some], digits.y_train[some]
-    return *train, shape(digits.x_test)[:1000], digits.y_test[:1000]
-
-
-def averaged(x, side):
-    """Return pictures (k, 784) averaged to side x side pixels, (k, side * side)."""
-    block = 28 // side
-    return x.reshape(-1, side, block, side, block).mean((2, 4)).reshape(len(x), -1)
+    train = digits.x_train[some], digits.y_train[some]
+    return *train, digits.x_test[:1000], digits.y_test[:1000]
 
 
 def mlp(d, hidden):
@@ -80,19 +73,14 @@ def fit(problem, labels, seed):
     Newton's method (a head) or L-BFGS (a network) goes on to a gradient of zero.
     """
     looks = np.unique(np.geomspace(5, problem.steps, 6).astype(int))  # where TracIn looks
-    trained = _train(problem, labels, np.arange(len(labels))[None], [seed], looks)
+    every = np.arange(len(labels))[None]
+    (theta,), (rest,), checkpoints = train_many(problem, labels, every, [seed], looks)
     model = keras.models.clone_model(problem.model)
-    _assign(model, trained.theta[0], trained.rest[0])
+    _assign(model, theta, rest)
     data = problem.loss, problem.x, labels
     objective = Objective(model, *data, weight_decay=problem.decay, decayed="all")
     fit_head(objective) if objective.head else polish(objective)
-    return objective, trained.checkpoints[:, 0]
-
-
-def _train(problem, labels, rows, seeds, keep=()):
-    how = {"weight_decay": problem.decay, "steps": problem.steps, "rate": problem.rate}
-    data = problem.model, problem.loss, problem.x, labels, rows
-    return train_many(*data, seeds=seeds, keep=keep, **how)
+    return objective, checkpoints[:, 0]
 
 
 def _assign(model, theta, rest):
@@ -204,11 +192,12 @@ def predictions(case, dampings):
 
     dots_at = partial(_summed, objective, case.x, case.y, dots)
     same = np.where(case.y[:, None] == case.problem.y, 1, -1)
+    near = cosine_similarity(*(a.reshape(len(a), -1) for a in (case.x, case.problem.x)))
     return found | {
         "Newton": _after_newton(case, dampings["exact"]),
         "Grad-Dot": dots_at([objective.theta]),
         "TracIn": dots_at(case.checkpoints),
-        "neighbours": same * (_directions(case.x) @ _directions(case.problem.x).T),
+        "neighbours": same * near,
         "random": np.random.default_rng([case.seed, 3]).normal(size=same.shape),
     }, products
 
@@ -236,11 +225,6 @@ def _summed(objective, x, y, use, thetas):
     return total
 
 
-def _directions(x):
-    flat = x.reshape(len(x), -1)
-    return flat / np.linalg.norm(flat, axis=1, keepdims=True)
-
-
 def retrained(case, kept, seeds):
     """Return the test losses after training on each subset `kept` (n, k) alone.
 
@@ -254,9 +238,9 @@ def retrained(case, kept, seeds):
         refits = many_fits.fit_many(case.objective, labels, weight=kept.astype(float), **how)
         return head.losses(case.y.astype(head.y.dtype), head.outputs(case.x, refits.theta))
     rows = np.repeat([np.flatnonzero(column) for column in kept.T], seeds, axis=0)
-    trained = _train(problem, problem.y, rows, np.tile(np.arange(seeds), k))
+    thetas, rests, _ = train_many(problem, problem.y, rows, np.tile(np.arange(seeds), k))
     model, losses = keras.models.clone_model(problem.model), []
-    for theta, rest in zip(trained.theta, trained.rest, strict=True):
+    for theta, rest in zip(thetas, rests, strict=True):
         _assign(model, theta, rest)
         outputs = model(case.x, training=False)
         losses.append(case.objective.loss_of_predictions(case.y, outputs).numpy())
@@ -282,14 +266,6 @@ def left_out(case, predicted, *, n_top, keep):
     return rows, removals.loss_change(thetas, case.x, case.y)
 
 
-def wrong_labels(labels, rng):
-    """Return labels (n,) of which a tenth, chosen at random, is changed, and which (n,) bool."""
-    labels, n, classes = labels.copy(), len(labels), int(labels.max()) + 1
-    flipped = rng.choice(n, round(0.1 * n), replace=False)
-    labels[flipped] = (labels[flipped] + rng.integers(1, classes, len(flipped))) % classes
-    return labels, np.isin(np.arange(n), flipped)
-
-
 def suspicion(case, labels, dampings):
     """Return {method: suspicion of each training point (n,)} after training on labels (n,).
 
@@ -305,7 +281,7 @@ def suspicion(case, labels, dampings):
     found["TracIn"] = _summed(objective, x, labels, lambda g: (g**2).sum(1), checkpoints)
     if objective.head:
         found["Newton"] = Removals(objective).left_out_losses()
-    near = NearestNeighbors(n_neighbors=10, metric="cosine").fit(_directions(x))
+    near = NearestNeighbors(n_neighbors=10, metric="cosine").fit(x.reshape(len(x), -1))
     differ = labels[near.kneighbors(return_distance=False)] != labels[:, None]
     tie, chance = np.random.default_rng([case.seed, 8]).random((2, len(labels)))
     return found | {"neighbours": differ.mean(1) + 1e-6 * tie, "random": chance}
@@ -337,49 +313,32 @@ def costs(case, cg_products):
     }
 
 
-class Trained(NamedTuple):
-    """The ends of many trainings: trainable (k, p) and other (k, q) parameters, in model order.
+def train_many(problem, labels, rows, seeds, keep=(), batch=32):
+    """Train a Problem's model k times from scratch on subsets of its data, together: full Adam.
 
-    checkpoints : (steps kept, k, p), the trainable ones along the way.
+    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls to 0
+    along a cosine; weight decay applies to every trainable parameter, inside the loss.
+
+    labels : (n,). rows : (k, s) indices of each subset. seeds : (k,) of the initial parameters,
+    `keras.utils.set_random_seed`. Returns the trainable (k, p) and other (k, q) parameters, in
+    model order, and the trainable ones after the steps `keep`, (steps kept, k, p).
     """
-
-    theta: np.ndarray
-    rest: np.ndarray
-    checkpoints: np.ndarray
-
-
-def train_many(
-    model, loss, x, y, rows, *, seeds, weight_decay, steps=300, rate=0.01, keep=(), batch=32
-):
-    """Train a Keras model k times from scratch on subsets of the data, together: full-batch Adam.
-
-    All copies of a batch take their steps in one `tf.vectorized_map`. The learning rate falls from
-    `rate` to 0 along a cosine; weight decay applies to every trainable parameter, inside the loss.
-
-    rows : (k, s) indices of each subset; y : (n,), or (k, n) with labels of its own for each copy.
-    seeds : (k,) of the initial parameters, `keras.utils.set_random_seed`.
-    keep : steps at which `checkpoints` are taken.
-    """
-    rows, y = np.asarray(rows), np.asarray(y)
-    labels = y[rows] if y.ndim == 1 else np.take_along_axis(y, rows, 1)
-    starts = {seed: _initial(model, seed) for seed in dict.fromkeys(seeds)}
+    starts = {seed: _initial(problem.model, seed) for seed in dict.fromkeys(seeds)}
     theta, rest = (np.stack([starts[seed][k] for seed in seeds]) for k in (0, 1))
-    step = _adam_step(model, loss, weight_decay)
-    ends = []
-    for first in tqdm(range(0, len(rows), batch), "trainings", unit="batch", leave=False):
-        part = slice(first, first + batch)
-        data = tf.constant(x[rows[part]]), tf.constant(labels[part])
-        state, moments, taken = (tf.constant(theta[part]), tf.constant(rest[part])), None, []
+    step, ends = _adam_step(problem), []
+    for part in tqdm([*gen_batches(len(rows), batch)], "trainings", unit="batch", leave=False):
+        data = tf.constant(problem.x[rows[part]]), tf.constant(labels[rows[part]])
+        state, taken = (tf.constant(theta[part]), tf.constant(rest[part])), []
         moments = tf.zeros_like(state[0]), tf.zeros_like(state[0])
-        for k in range(steps):
-            now = rate * (1 + np.cos(np.pi * k / steps)) / 2
+        for k in range(problem.steps):
+            now = problem.rate * (1 + np.cos(np.pi * k / problem.steps)) / 2
             state, moments = step(state, moments, data, tf.constant(k + 1.0), tf.constant(now))
             if k + 1 in keep:
                 taken.append(state[0].numpy())
         taken = np.reshape(taken, (len(taken), *state[0].shape))
         ends.append((state[0].numpy(), state[1].numpy(), taken))
     thetas, rests, kept = zip(*ends, strict=True)
-    return Trained(np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1))
+    return np.concatenate(thetas), np.concatenate(rests), np.concatenate(kept, 1)
 
 
 def _initial(model, seed):
@@ -392,24 +351,22 @@ def _flat(variables):
     return np.concatenate([np.zeros(0), *[np.ravel(v) for v in variables]])
 
 
-def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
-    shapes = [
-        [tuple(v.shape) for v in variables]
-        for variables in (model.trainable_variables, model.non_trainable_variables)
-    ]
+def _adam_step(problem):
+    model, b1, b2 = problem.model, 0.9, 0.999
 
-    def parts(flat, shapes):
-        split = tf.split(flat, [int(np.prod(s)) for s in shapes]) if shapes else []
-        return [tf.reshape(t, s) for t, s in zip(split, shapes, strict=True)]
+    def parts(flat, variables):
+        split = tf.split(flat, [int(np.prod(v.shape)) for v in variables]) if variables else []
+        return [tf.reshape(t, v.shape) for t, v in zip(split, variables, strict=True)]
 
     def one_copy(copy):
         theta, rest, x, y = copy
         with tf.GradientTape() as tape:
             tape.watch(theta)
-            outputs, moved = model.stateless_call(
-                parts(theta, shapes[0]), parts(rest, shapes[1]), x, training=True
-            )
-            value = tf.reduce_mean(loss(y, outputs)) + weight_decay / 2 * tf.reduce_sum(theta**2)
+            own = parts(theta, model.trainable_variables)
+            others = parts(rest, model.non_trainable_variables)
+            outputs, moved = model.stateless_call(own, others, x, training=True)
+            value = tf.reduce_mean(problem.loss(y, outputs))
+            value += problem.decay / 2 * tf.reduce_sum(theta**2)
         moved = tf.concat([tf.reshape(t, [-1]) for t in moved], 0) if moved else rest
         return tape.gradient(value, theta), moved
 
@@ -420,6 +377,6 @@ def _adam_step(model, loss, weight_decay, b1=0.9, b2=0.999, epsilon=1e-7):
         v = b2 * moments[1] + (1 - b2) * gradient**2
         k = tf.cast(k, m.dtype)
         length = tf.cast(rate, m.dtype) * tf.sqrt(1 - b2**k) / (1 - b1**k)
-        return (state[0] - length * m / (tf.sqrt(v) + epsilon), rest), (m, v)
+        return (state[0] - length * m / (tf.sqrt(v) + 1e-7), rest), (m, v)
 
     return step

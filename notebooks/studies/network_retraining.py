@@ -21,52 +21,35 @@ from helpers.gradients import output_slopes, per_example_gradients
 from helpers.hessian import curvature_factors
 from helpers.linalg import Factor, damped
 from helpers.objective import compiled
+from helpers.spectrum import products_of_rows
 from support.stored import keep_nothing, key
 
 
-class Descent(NamedTuple):
-    """The end of a descent: theta (p,), its gradient norm, gradient evaluations, and verdict."""
-
-    theta: np.ndarray
-    gradient_norm: float
-    evaluations: int
-    converged: bool
-
-
 class Refits(NamedTuple):
-    """Retrained parameters (p, k), and of each its gradient norm and gradient evaluations (k,).
-
-    missed : how many gradient norms stayed above the tolerance `tol`.
-    """
+    """Retrained parameters (p, k), the gradient norm of each (k,), and the one asked for."""
 
     thetas: np.ndarray
     gradient_norms: np.ndarray
-    evaluations: np.ndarray
-    tol: float = np.nan
-
-    @property
-    def missed(self):
-        return int((self.gradient_norms > self.tol).sum())
+    tol: float
 
     def __str__(self):
-        k, largest = len(self.gradient_norms), self.gradient_norms.max(initial=0)
+        k, reached = len(self.gradient_norms), (self.gradient_norms <= self.tol).sum()
         return (
-            f"{k - self.missed} of {k} refits reached a gradient norm of {self.tol:.0e}, the "
-            f"largest is {largest:.1e}."
+            f"{reached} of {k} refits reached a gradient norm of {self.tol:.0e}, the "
+            f"largest is {self.gradient_norms.max(initial=0):.1e}."
         )
 
 
-def polish(objective, *, tol=1e-8, rounds=30, steps=100):
-    """Train on to a stationary point of L, leave the model there, and return the Descent.
+def polish(objective, *, tol=1e-8):
+    """Train on to a stationary point of L, leave the model there, and return its theta (p,).
 
-    Up to `rounds` rounds of at most `steps` steps of L-BFGS, whitened by the Gauss-Newton matrix at
-    the start of each. Early stopping, dropout or a decoupled decay leave a model elsewhere; the
-    theory of influence needs a gradient of zero.
+    Up to 30 rounds of at most 100 steps of L-BFGS, whitened by the Gauss-Newton matrix at the start
+    of each. Early stopping, dropout or a decoupled decay leave a model elsewhere; the theory of
+    influence needs a gradient of zero.
     """
-    bar = tqdm(range(rounds), "polish", unit="round", leave=False)
-    found = _settle(objective, _target(objective), objective.theta, None, tol, bar, steps)
-    objective.theta = found.theta
-    return found
+    bar = tqdm(range(30), "polish", unit="round", leave=False)
+    objective.theta, _ = _settle(objective, _target(objective), objective.theta, None, tol, bar)
+    return objective.theta
 
 
 class NetworkRemovals:
@@ -133,26 +116,23 @@ class NetworkRemovals:
     def _own_hessian(self, row):
         """Return the Hessian of one training point's weighted loss alone, (p, p), at theta."""
         self.objective.theta = self.theta
-        identity, row = np.eye(len(self.theta)), tf.constant([row])
-        parts = np.array_split(identity, -(-len(identity) // 256), axis=1)
-        columns = [_products_of(self.objective, tf.constant(part), row) for part in parts]
+        product = products_of_rows(Hessian(self.objective), [row])
+        parts = np.array_split(np.eye(len(self.theta)), -(-len(self.theta) // 256), axis=1)
+        columns = [product(tf.constant(part)) for part in parts]
         return np.concatenate(columns, axis=1) - np.diag(self.objective.decay)
 
-    def retrain(
-        self, rows, *, fraction=1.0, tol=1e-8, rounds=10, steps=100, checkpoint=keep_nothing
-    ):
+    def retrain(self, rows, *, fraction=1.0, tol=1e-8, checkpoint=keep_nothing):
         """Return the Refits that descent reaches from theta without each point: warm start.
 
         With a `fraction` below 1 only that share of the point's weight is taken away (the average
         is then over n - fraction): the limit towards 0 is what influence is the derivative of. The
-        first round of `steps` steps uses the one factorisation, later ones their own, as in
-        `polish`; `gradient_norms` says what was reached.
+        first of ten rounds uses the one factorisation, later ones their own, as in `polish`;
+        `gradient_norms` says what was reached.
         """
         target = partial(_target, self.objective, fraction=fraction)
-        numbers = "part", fraction
-        return self._refits(rows, target, self.factor, tol, rounds, steps, checkpoint, *numbers)
+        return self._refits(rows, target, tol, checkpoint, "part", fraction)
 
-    def proximal(self, rows, damping, *, tol=1e-8, rounds=10, steps=100, checkpoint=keep_nothing):
+    def proximal(self, rows, damping, *, tol=1e-8, checkpoint=keep_nothing):
         """Return the Refits of the proximal Bregman objective without each point.
 
         Bae et al. 2022, equation 5, with eps = -1/n: outputs are held by the Bregman divergence of
@@ -162,24 +142,19 @@ class NetworkRemovals:
         x, y, _ = self.objective.data.gather(np.arange(self.objective.n))
         batches = self.objective.data.of(x, y)
         slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
-        near = _Anchor(self.theta, damping, slopes)
-        target = partial(_target, self.objective, anchor=near)
-        numbers = "proximal", damping
-        return self._refits(rows, target, self.factor, tol, rounds, steps, checkpoint, *numbers)
+        target = partial(_target, self.objective, anchor=_Anchor(self.theta, damping, slopes))
+        return self._refits(rows, target, tol, checkpoint, "proximal", damping)
 
-    def _refits(self, rows, target, factor, tol, rounds, steps, checkpoint, *numbers):
+    def _refits(self, rows, target, tol, checkpoint, *numbers):
         rows, tol = checks.rows(rows, self.objective.n), checks.number("tol", tol)
         x, y, weight = self.objective.data.gather(np.arange(self.objective.n))
         data = [np.asarray(a) for a in (*tf.nest.flatten(x), y, weight)]
-        made_of = key(
-            self.objective.model, self.objective.loss.object
-        )  # the model moves on the way
-        same = [made_of, self.theta, self.objective.decay, tol, rounds, steps, *numbers, *data]
+        made_of = key(self.objective.model, self.objective.loss.object)  # which moves on the way
+        same = [made_of, self.theta, self.objective.decay, tol, *numbers, *data]
 
         def one(row):
-            start = self.objective, target(without=row), self.theta, factor
-            found = _settle(*start, tol, range(rounds), steps)
-            return np.concatenate([found.theta, [found.gradient_norm, found.evaluations]])
+            start = self.objective, target(without=row), self.theta, self.factor
+            return np.append(*_settle(*start, tol, range(10)))
 
         bar = tqdm(rows, "retraining", unit="removal", leave=False)
         try:
@@ -187,17 +162,14 @@ class NetworkRemovals:
         finally:
             self.objective.theta = self.theta
         ends = np.stack(ends, axis=1)
-        return Refits(ends[:-2], ends[-2], ends[-1].astype(int), tol)
+        return Refits(ends[:-1], ends[-1], tol)
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for parameters (p, k), (m, k) nats."""
-        base = self.objective.losses(x_test, y_test)
-        changes = np.empty((len(base), thetas.shape[1]))
-        for k, theta in enumerate(thetas.T):
-            self.objective.theta = theta
-            changes[:, k] = self.objective.losses(x_test, y_test) - base
-        self.objective.theta = self.theta
-        return changes
+        objective, losses = self.objective, []
+        for objective.theta in (*thetas.T, self.theta):
+            losses.append(objective.losses(x_test, y_test))
+        return np.stack(losses[:-1], axis=1) - losses[-1][:, None]
 
 
 class _Anchor(NamedTuple):
@@ -233,11 +205,6 @@ def _target(objective, without=None, fraction=1.0, anchor=None):
 
 
 @compiled
-def _products_of(objective, vectors, rows):
-    return Hessian(objective).product(rows)(vectors)
-
-
-@compiled
 def _value_and_gradient(objective, weight, slopes):
     """Return sum_i w_i loss_i - slopes_i . outputs_i and its gradient as one vector (1 + p,)."""
 
@@ -254,36 +221,33 @@ def _value_and_gradient(objective, weight, slopes):
     return objective.data.accumulate(one_batch, zeros, extra=(weight, slopes))
 
 
-def _settle(objective, target, theta, factor, tol, rounds, steps):
-    """Return the Descent by rounds of `_descend`, each after the first with a factor of its own."""
-    spent = 0
+def _settle(objective, target, theta, factor, tol, rounds):
+    """Return where rounds of `_descend` end, each after the first with a factor of its own."""
     for _ in rounds:
         if factor is None:
             objective.theta = theta
             g = GaussNewton(objective).dense()
             factor = Factor(damped(g, max(objective.decay.max(), 1e-6 * np.trace(g) / len(g))))
-        found = _descend(target, theta, factor, tol, steps)
-        theta, spent, factor = found.theta, spent + found.evaluations, None
-        if found.converged:
+        theta, norm = _descend(target, theta, factor, tol)
+        factor = None
+        if norm <= tol:
             break
-    return found._replace(evaluations=spent)
+    return theta, norm
 
 
-def _descend(target, theta, factor, tol, max_steps):
-    """Return the Descent by L-BFGS from theta, in coordinates in which `factor`'s matrix is I.
+def _descend(target, theta, factor, tol):
+    """Return theta and its gradient norm after L-BFGS in coordinates that make `factor`'s matrix I.
 
     They are scaled so that the first step of the method is the Newton step with that matrix.
     """
     _, gradient = target(theta)
-    evaluations, norm = 1, np.linalg.norm(gradient)
-    if norm <= tol:
-        return Descent(theta, float(norm), evaluations, True)
+    end = theta, np.linalg.norm(gradient)
+    if end[1] <= tol:
+        return end
     scale = np.linalg.norm(factor.whiten(gradient))
-    end = theta, norm
 
     def whitened(phi):
-        nonlocal evaluations, end
-        evaluations += 1
+        nonlocal end
         there = theta + scale * factor.unwhiten(phi)
         value, gradient = target(there)
         end = there, np.linalg.norm(gradient)
@@ -293,10 +257,9 @@ def _descend(target, theta, factor, tol, max_steps):
         if end[1] <= tol:
             raise StopIteration
 
-    options = {"maxiter": max_steps, "maxfun": 10 * max_steps, "maxcor": 100, "ftol": 0, "gtol": 0}
-    found = scipy.optimize.minimize(
-        whitened, np.zeros_like(theta), jac=True, method="L-BFGS-B", callback=stop, options=options
-    )
+    options = {"maxiter": 100, "maxfun": 1000, "maxcor": 100, "ftol": 0, "gtol": 0}
+    how = {"jac": True, "method": "L-BFGS-B", "callback": stop, "options": options}
+    found = scipy.optimize.minimize(whitened, np.zeros_like(theta), **how)
     if end[1] > tol:
         whitened(found.x)
-    return Descent(end[0], float(end[1]), evaluations, bool(end[1] <= tol))
+    return end

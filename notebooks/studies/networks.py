@@ -27,13 +27,6 @@ def mnist(source, side, *, seed=0):
     return digits._replace(x_train=x, x_test=x_test)
 
 
-class Network(NamedTuple):
-    """The objective of a network at a minimum, and its Hessian (p, p)."""
-
-    objective: Objective
-    hessian: np.ndarray
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How every network is made: digits, architecture and training; long results are kept.
@@ -76,16 +69,15 @@ class Recipe:
         network.fit(x, y, sample_weight=sample_weight, **options)
 
     def at_minimum(self, rows, draw=0):
-        """Return the Network that Adam, and then a polish, reach on some training digits."""
+        """Return the Objective of a network where Adam, and then a polish, end, and H there."""
         network = self.network(draw)
         self.train(network, rows)
         objective = self.objective(network, rows)
         unfinished, some = objective.theta, (self.digits.x_train[rows], self.digits.y_train[rows])
         data = network, self.weight_decay, *some
-        objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective).theta)
+        objective.theta = self.keep(["polish", unfinished, *data], lambda: polish(objective))
         of_hessian = ["Hessian", objective.theta, *data]
-        hessian = self.keep(of_hessian, lambda: Hessian(objective).dense())
-        return Network(objective, hessian)
+        return objective, self.keep(of_hessian, lambda: Hessian(objective).dense())
 
     def judges(self, objective):
         """Return test digits to judge a network by: {rule: indices}, images (m, ...), labels (m,).
@@ -112,11 +104,11 @@ class Recipe:
 
         Removed are shares of the weights of digits that are chosen as for the first network.
         """
-        network = self.at_minimum(rows, draw)
-        _, x, y, _ = self.judges(network.objective)
-        first = predicted(network.objective, network.hessian, x, y)
+        objective, hessian = self.at_minimum(rows, draw)
+        _, x, y, _ = self.judges(objective)
+        first = predicted(objective, hessian, x, y)
         removed = self.removals(first, 1, n_random)
-        without = NetworkRemovals(network.objective, network.hessian)
+        without = NetworkRemovals(objective, hessian)
         found = {}
         for share in shares:
             thetas = without.retrain(removed, fraction=share, checkpoint=self.keep).thetas
@@ -146,7 +138,7 @@ class Agreement(NamedTuple):
     """Agreement of predicted with actual changes for each of m test digits, summed up.
 
     mean : of Pearson's r, interval : 95 %, bootstrap over test digits; worst : the smallest r;
-    rank : mean of Spearman's r; slope : median; each : r of every test digit (m,).
+    rank : mean of Spearman's r; slope : median.
     """
 
     mean: float
@@ -154,7 +146,6 @@ class Agreement(NamedTuple):
     worst: float
     rank: float
     slope: float
-    each: np.ndarray
 
 
 def agreement(predicted, actual, seed):
@@ -163,7 +154,7 @@ def agreement(predicted, actual, seed):
     found = pd.DataFrame([evaluation.agreement(*pair) for pair in rows])
     r = found["r"].to_numpy()
     mean, *interval = evaluation.bootstrap_of_mean(r, [seed, 7])
-    return Agreement(mean, interval, r.min(), found["rank"].mean(), found["slope"].median(), r)
+    return Agreement(mean, interval, r.min(), found["rank"].mean(), found["slope"].median())
 
 
 def summary(found):

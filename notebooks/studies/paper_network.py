@@ -216,10 +216,9 @@ class Protocol:
             objective = self.objective(theta)
             gradients = per_example_gradients(objective, *self.test(rows)).T
             matrix = (GaussNewton if gauss_newton else Hessian)(objective)
-            with warnings.catch_warnings():  # `lowest_curvature` says whether H + damping I is one
-                warnings.simplefilter("ignore")
-                solution = solve(matrix, gradients, CG(self.damping))
-                return predicted_loss_change(objective, solution)
+            solver = CG(self.damping)  # `lowest_curvature` says whether H + damping I is positive
+            with warnings.catch_warnings(action="ignore"):
+                return predicted_loss_change(objective, solve(matrix, gradients, solver))
 
         matrix = ["Gauss-Newton"] if gauss_newton else []
         return self.keep([*self._judged(theta, rows), *matrix], compute)

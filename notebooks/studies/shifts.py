@@ -143,13 +143,6 @@ def corrupt(pictures, corruption, severity, *, seed=0, **each):
     return shifted
 
 
-class Attack(NamedTuple):
-    """Adversarial pictures (m, h, w, 3) in 0..255, not rounded to 8 bits, and rounds taken (m,)."""
-
-    pictures: np.ndarray
-    rounds: np.ndarray
-
-
 @functools.lru_cache(maxsize=4)
 def _graphs(backbone):
     """Return the compiled (slope, ascend) of a backbone and any linear head on it."""
@@ -188,7 +181,9 @@ def input_gradient(pictures, backbone, weights, *, batch_size=32):
 
 def attack(pictures, labels, backbone, weights, *, bias=0.0, step=STEP, box=BOX, rounds=51,
            stop=0.9, seed=None, batch_size=32):  # fmt: skip
-    """Return the Attack on the model `backbone`, then sigmoid(weights . features + bias).
+    """Return adversarial pictures (m, h, w, 3) in 0..255, not rounded, and rounds taken (m,).
+
+    They attack the model `backbone`, then sigmoid(weights . features + bias):
 
     x <- clip(x + step sign(d p(wrong) / d x)) in the box around the picture and in 0..255, until
     p(wrong) >= stop before the step, or for all rounds; the logit's gradient has the same sign.
@@ -213,7 +208,7 @@ def attack(pictures, labels, backbone, weights, *, bias=0.0, step=STEP, box=BOX,
                 x[j], taken[j] = _graphs(backbone)[1](*state, *head, tf.constant(some))
             done, active = done + some, active[taken[active] == done + some]
             bar.update(len(x) - len(active) - bar.n)
-    return Attack(x, taken)
+    return x, taken
 
 
 # ---------------------------------------------------------------- the study
@@ -275,9 +270,9 @@ def measure_attacked(pictures, y, backbone, keep, weights, *, bias=0.0, **option
     """Return the Attacked of pictures with labels y (m,); options as in `attack`."""
 
     def compute():
-        found = attack(pictures, y, backbone, weights, bias=bias, **options)
-        both = [features.measure(x, backbone) for x in (found.pictures, np.rint(found.pictures))]
-        return np.hstack([*both, found.rounds[:, None]])
+        attacked, rounds = attack(pictures, y, backbone, weights, bias=bias, **options)
+        both = [features.measure(x, backbone) for x in (attacked, np.rint(attacked))]
+        return np.hstack([*both, rounds[:, None]])
 
     values = keep([pictures, y, weights, bias, options, backbone], compute)
     phi, rounded = np.split(values[:, :-1].astype(float), 2, axis=1)
@@ -332,31 +327,22 @@ def bootstrap_changes(head, x, y, seed):
         return predicted_loss_change(head, s_test(head, x, y, damping=0.0))
 
 
-def speedups(pictures, y, backbone, weights, *, rounds=2):
+def speedups(pictures, y, backbone, weights):
     """Return the time a picture of two other ways to attack, over that of batches of 16.
 
     "compiled": a compiled loop over single pictures; "original": a new graph for each picture.
     """
-    timed = functools.partial(attack, weights=weights, rounds=rounds, stop=2.0, backbone=backbone)
-
-    def batched():
-        timed(pictures[:16], y[:16])
-
-    def compiled():
-        timed(pictures[:4], y[:4], batch_size=1)
-
-    def original():
-        _one_graph(pictures[0], y[0], backbone, weights, rounds)
-
-    ratios = {"compiled": (compiled, 4), "original": (original, 1)}
-    return {
-        name: 16 / k / evaluation.time_ratio(batched, way, repeats=3)
-        for name, (way, k) in ratios.items()
-    }
+    how = {"backbone": backbone, "weights": weights, "rounds": 2, "stop": 2.0}
+    batched = functools.partial(attack, pictures[:16], y[:16], **how)
+    compiled = functools.partial(attack, pictures[:4], y[:4], **how, batch_size=1)
+    original = functools.partial(_one_graph, pictures[0], y[0], backbone, weights)
+    ways = {"compiled": (compiled, 4), "original": (original, 1)}
+    ratio = functools.partial(evaluation.time_ratio, batched, repeats=3)
+    return {name: 16 / k / ratio(way) for name, (way, k) in ways.items()}
 
 
-def _one_graph(picture, label, backbone, weights, rounds):
-    """Attack a picture as the original did: its own gradient operations, run round by round."""
+def _one_graph(picture, label, backbone, weights):
+    """Attack a picture as the original did, two rounds: its own gradient operations, one by one."""
     dtype, sign = backbone.model.compute_dtype, 1 - 2 * label
     theta, x, low = tf.constant(weights, dtype), np.array(picture[None], dtype), picture - BOX
 
@@ -368,5 +354,5 @@ def _one_graph(picture, label, backbone, weights, rounds):
             p = tf.sigmoid(sign * tf.linalg.matvec(phi, theta))
         return tape.gradient(p, x)
 
-    for _ in range(rounds):
+    for _ in range(2):
         x = np.clip(x + STEP * np.sign(gradient(tf.constant(x)).numpy()), low, picture + BOX)

