@@ -49,18 +49,16 @@ class Blocks:
         shift = objective.decay + damping
         if shift.min() <= 0:
             raise ValueError("EK-FAC needs weight decay on every parameter, or damping > 0.")
-        first, _, _ = objective.data.first(1)
-        columns = int(np.prod(objective.loss.outputs(first).shape[1:]))
         self._wheres = [block.where for block in _blocks(objective)]
         self._scales = [1 / np.sqrt(shift[where[:, :1]]) for where in self._wheres]
         d_o = [where.shape for where in self._wheres]
         squares = [(k, k) for shape in d_o for k in shape]
         scales = [tf.constant(scale[:, 0], objective.dtype) for scale in self._scales]
-        factors = _unpacked(_factors(objective, columns, scales), squares)
+        factors = _unpacked(_factors(objective, scales), squares)
         bases = [np.linalg.eigh(factor)[1] for factor in factors]
         self._bases = list(zip(bases[::2], bases[1::2], strict=True))
         turned = [tf.constant(basis, objective.dtype) for basis in bases]
-        diagonals = _unpacked(_diagonals(objective, columns, scales, turned), d_o)
+        diagonals = _unpacked(_diagonals(objective, scales, turned), d_o)
         self._diagonals = [1 + diagonal / objective.n for diagonal in diagonals]
 
     def solve(self, b):
@@ -142,7 +140,7 @@ def _with_ones(block, a):
 
 
 @compiled
-def _factors(objective, columns, scales):
+def _factors(objective, scales):
     """Return the sums of w a a' and of w g g' over examples, columns and positions, packed."""
 
     def one_batch(x, y, weight):
@@ -155,13 +153,12 @@ def _factors(objective, columns, scales):
         return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
 
     size = sum(k * k for block in _blocks(objective) for k in block.where.shape)
-    return objective.data.accumulate(
-        one_batch, tf.zeros(size, objective.dtype), _copies(objective, columns)
-    )
+    zeros = tf.zeros(size, objective.dtype)
+    return objective.data.accumulate(one_batch, zeros, _copies(objective))
 
 
 @compiled
-def _diagonals(objective, columns, scales, bases):
+def _diagonals(objective, scales, bases):
     """Return the sums of w (q' a g' r)^2 over examples and columns, packed."""
 
     def one_batch(x, y, weight):
@@ -177,12 +174,13 @@ def _diagonals(objective, columns, scales, bases):
         return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
 
     zeros = tf.zeros(objective.p, objective.dtype)
-    return objective.data.accumulate(one_batch, zeros, _copies(objective, columns))
+    return objective.data.accumulate(one_batch, zeros, _copies(objective))
 
 
-def _copies(objective, columns):
+def _copies(objective):
     """Return how many batches' worth of activations a pass holds: C of them, and of gradients."""
-    return int(columns * (1 + 8 * objective.p / max(1, objective.data.bytes_an_example)))
+    gradients = 8 * objective.p / max(1, objective.data.bytes_an_example)
+    return int(objective.loss.width * (1 + gradients))
 
 
 def _unpacked(packed, shapes):
