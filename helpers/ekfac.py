@@ -92,12 +92,8 @@ def _blocks(objective):
     }
     blocks = []
     for layer in keras_facts.all_layers(objective.model):
-        supported = type(layer) is keras.layers.Dense or (
-            type(layer) is keras.layers.Conv2D
-            and layer.groups == 1
-            and layer.data_format == "channels_last"
-        )
-        if supported and id(layer.kernel) in left:
+        supported = type(layer) in (keras.layers.Dense, keras.layers.Conv2D)
+        if supported and keras_facts.is_known(layer) and id(layer.kernel) in left:
             where = left.pop(id(layer.kernel)).reshape(-1, layer.kernel.shape[-1])
             bias = left.pop(id(layer.bias), None) if layer.use_bias else None
             where = where if bias is None else np.vstack([where, bias])
