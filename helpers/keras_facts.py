@@ -236,22 +236,15 @@ def both_means(loss, y, predictions, values, k, dtype):
     """
     mask = mask_of(values)
     own = values[:k].numpy() if mask is None else values[:k].numpy()[mask[:k].numpy()]
-    some = with_mask(tf.identity(predictions[:k]), _first(mask_of(predictions), k))
+    some, hung = tf.cast(predictions[:k], dtype), mask_of(predictions)
+    if hung is not None:
+        some._keras_mask = hung[:k]
     logits = getattr(predictions, "_keras_logits", None)
     if logits is not None:
-        some._keras_logits = logits[:k]
+        some._keras_logits = tf.cast(logits[:k], dtype)
     with _computing_in(loss, dtype):
-        some_of = tf.cast(some, dtype)
-        for name in ("_keras_mask", "_keras_logits"):
-            if hasattr(some, name):
-                value = getattr(some, name)
-                setattr(some_of, name, value if name == "_keras_mask" else tf.cast(value, dtype))
-        by_keras = loss(y[:k], some_of)
+        by_keras = loss(y[:k], some)
     return float(own.mean()) if own.size else 0.0, float(tf.reduce_mean(by_keras))
-
-
-def _first(tensor, k):
-    return None if tensor is None else tensor[:k]
 
 
 @contextmanager
