@@ -101,8 +101,8 @@ class ExampleLoss:
         mask = keras_facts.mask_of(values)
         values *= self._weight
         if mask is not None and self._steps is not None:
-            entries = tf.size(values[:1], tf.int32) / 1
-            share = tf.cast(entries, values.dtype) / tf.cast(self._steps, values.dtype)
+            entries = tf.cast(tf.size(values[:1]), values.dtype)
+            share = entries / tf.cast(self._steps, values.dtype)
             values = tf.where(mask, values, 0) * share
         return tf.cast(values, dtype)
 
