@@ -25,7 +25,7 @@ from .gradients import (
     rows_at_once,
     sum_of_products,
 )
-from .objective import Objective, compiled
+from .objective import Objective, compiled, loss_and_gradient
 
 
 class Symmetric(LinearOperator):
@@ -208,14 +208,10 @@ def _head_product(objective, rows=None):
 def _hvp(objective, vectors, rows=None, first=0, last=None):
     """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
 
-    def slope(x, y, weight):
-        with tf.GradientTape() as tape:
-            loss = tf.tensordot(weight, objective.loss(x, y), 1)
-        return objective.flatten(tape.gradient(loss, objective.tensors))
-
     def one_vector(x, y, weight, vector):
         if by_differences(objective):
-            return along(objective, vector, lambda: slope(x, y, weight))
+            slope = partial(loss_and_gradient.graph, objective, x, y, weight)
+            return along(objective, vector, slope)[1:]
         parts, tensors = objective.unflatten(vector)[first:last], objective.tensors
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
