@@ -7,8 +7,6 @@ attention, shared variables), an example at a time: in one batched graph where a
 to survive `tf.vectorized_map`, else in a loop. All of them give the same numbers.
 """
 
-from functools import partial
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -198,14 +196,12 @@ def patches(layer, a):
 
 @compiled
 def _example_gradients(objective, x, directions):
-    one_example = partial(_example_gradient, objective)
+    def one_example(example):
+        return _gradient_along(objective, *keras.tree.map_structure(lambda a: a[None], example))
+
     if is_vectorisable(objective):
         return tf.vectorized_map(one_example, (x, directions))
     return tf.map_fn(one_example, (x, directions), fn_output_signature=objective.dtype)
-
-
-def _example_gradient(objective, example):
-    return _gradient_along(objective, *keras.tree.map_structure(lambda a: a[None], example))
 
 
 def _gradient_along(objective, x, directions):
