@@ -147,10 +147,8 @@ def self_influence(H, x, y, *, damping=0.0):
     factor = Factor(damped(H.dense(), checks.number("damping", damping)))
     step = objective.data.affordable(16 * objective.p)
     values = []
-    for start in range(0, len(y), step):
-        rows = slice(start, start + step)
-        x_part = tf.nest.map_structure(lambda a, r=rows: a[r], x)
-        gradients = per_example_gradients(objective, x_part, y[rows])
+    for x_part, y_part, _ in objective.data.of(x, y, batch_size=step):
+        gradients = per_example_gradients(objective, x_part, y_part)
         values.append((factor.whiten(gradients.T) ** 2).sum(0))
     return np.concatenate(values)
 
