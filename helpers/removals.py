@@ -155,16 +155,14 @@ class Removals:
         """
         rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
-        parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-        bar = tqdm(parts, desc="leave-one-out refits", unit="batch", leave=False)
-        ends = [self._exact(part, tol, max_steps) for part in bar]
-        thetas = np.concatenate([np.zeros((len(self.theta), 0)), *ends], axis=1)
-        norms = [self._left_out_norms(end, part) for end, part in zip(ends, parts, strict=True)]
-        self._keep(np.concatenate([np.zeros(0), *norms]), tol)
+        thetas, norms = np.empty((len(self.theta), len(rows))), np.empty(len(rows))
+        starts = range(0, len(rows), batch)
+        for start in tqdm(starts, desc="leave-one-out refits", unit="batch", leave=False):
+            part = slice(start, start + batch)
+            thetas[:, part] = end = self._exact(rows[part], tol, max_steps)
+            norms[part] = np.linalg.norm(self._left_out_gradient(end, rows[part]), axis=0)
+        self._keep(norms, tol)
         return thetas
-
-    def _left_out_norms(self, thetas, rows):
-        return np.linalg.norm(self._left_out_gradient(thetas, rows), axis=0)
 
     def _keep(self, norms, tol):
         """Keep the gradient norms of refits, and warn of those above the tolerance."""
