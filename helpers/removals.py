@@ -13,7 +13,6 @@ is the exact refit, all points at once.
 
 import warnings
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -97,25 +96,26 @@ class Removals:
         blocks = head.phi[rows].T[:, None, :, None] * np.eye(head.c)[None, :, None, :]
         z = self.factor.solve(blocks.reshape(head.d * head.c, -1)).reshape(-1, k, head.c)
         q = np.einsum("kd,dckb->kcb", head.phi[rows], z.reshape(head.d, head.c, k, head.c))
-        return _Pieces(z, self.curvature[rows] @ q / head.n)
+        return z, self.curvature[rows] @ q / head.n
 
-    def _solve_left_out(self, g, rows, pieces):
+    def _solve_left_out(self, g, rows, z, coupling):
         """Return (K - (w_i/n) phi_i A_i phi_i')^-1 g_i for the columns g (p, k)."""
         head, k = self.head, len(rows)
         x = self.factor.solve(g)
         own = np.einsum("kd,dck->kc", head.phi[rows], x.reshape(head.d, head.c, k))
         bent = np.einsum("kab,kb->ka", self.curvature[rows], own)[..., None] / head.n
-        middle = np.linalg.solve(np.eye(head.c) - pieces.coupling, bent)[..., 0]
-        return x + np.einsum("pkc,kc->pk", pieces.z, middle)
+        middle = np.linalg.solve(np.eye(head.c) - coupling, bent)[..., 0]
+        return x + np.einsum("pkc,kc->pk", z, middle)
 
     def newton_steps(self, rows):
         """Return theta_-i - theta by one Newton step on the left-out objective, (p, k)."""
         rows = checks.rows(rows, self.head.n)
-        return self._newton_steps(rows, self._pieces(rows))
+        return self._newton_steps(rows, *self._pieces(rows))
 
-    def _newton_steps(self, rows, pieces):
+    def _newton_steps(self, rows, z, coupling):
         own = self.head.gradients(self.head.phi[rows], self.residual[rows]).T
-        return self._solve_left_out(own + self._decay_theta[:, None], rows, pieces) / self.head.n
+        gradient = own + self._decay_theta[:, None]
+        return self._solve_left_out(gradient, rows, z, coupling) / self.head.n
 
     def newton_loss_change(self, x_test, y_test, rows=None):
         """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta) in nats, (m, k).
@@ -200,8 +200,8 @@ class Removals:
         return {"weight": weight, "n": self.head.n - len(rows)}
 
     def _exact(self, rows, tol, max_steps):
-        head, pieces = self.head, self._pieces(rows)
-        theta = self.theta[:, None] + self._newton_steps(rows, pieces)
+        head, (z, coupling) = self.head, self._pieces(rows)
+        theta = self.theta[:, None] + self._newton_steps(rows, z, coupling)
         left = np.arange(len(rows))
         last = np.full(len(rows), np.inf)
         for _ in range(max_steps):
@@ -214,8 +214,7 @@ class Removals:
             last[left], left = norms, left[go]
             if not len(left):
                 return theta
-            some = _Pieces(pieces.z[:, left], pieces.coupling[left])
-            step = self._solve_left_out(gradient[:, go], rows[left], some)
+            step = self._solve_left_out(gradient[:, go], rows[left], z[:, left], coupling[left])
             theta[:, left] -= step * (head.n - 1) / head.n
         for j in left:
             theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
@@ -238,8 +237,3 @@ class Removals:
         phi = self.head.features(x_test, y_test)
         base = self.head.losses(y_test, self.head.outputs(phi, self.theta))
         return self.head.losses(y_test, self.head.outputs(phi, thetas)) - base[:, None]
-
-
-class _Pieces(NamedTuple):
-    z: np.ndarray
-    coupling: np.ndarray
