@@ -116,9 +116,8 @@ def _l2(variable):
     regularizer = variable.regularizer
     if regularizer is None:
         return 0.0
-    if type(regularizer) is keras.regularizers.L2:
-        return 2.0 * float(regularizer.l2)
-    if type(regularizer) is keras.regularizers.L1L2 and not float(regularizer.l1):
+    known = type(regularizer) in (keras.regularizers.L2, keras.regularizers.L1L2)
+    if known and not float(getattr(regularizer, "l1", 0)):
         return 2.0 * float(regularizer.l2)
     raise ValueError(
         f"{variable.path} has a {type(regularizer).__name__} regulariser; only L2 has "
