@@ -232,10 +232,8 @@ def _culprit(objective, x, y, rng):
         return tf.cast(tf.reduce_sum(objective.loss.of_outputs(y, o)), tf.float64)
 
     wrong = "gradient", "curvature"
-    if (
-        _verdict(_of_tensor(loss, np.asarray(outputs, np.float64), rng), objective.dtype)[0]
-        in wrong
-    ):
+    probe = _of_tensor(loss, np.asarray(outputs, np.float64), rng)
+    if _verdict(probe, objective.dtype)[0] in wrong:
         return f"the loss {objective.loss.name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
