@@ -109,10 +109,8 @@ class Objective:
             checks.lengths(x, y)
             if not len(y):
                 raise ValueError("The training data hold no example.")
-            first, labels = (
-                keras.tree.map_structure(lambda a: tf.convert_to_tensor(a[:3]), x),
-                y[:3],
-            )
+            labels = y[:3]
+            first = keras.tree.map_structure(lambda a: tf.convert_to_tensor(a[:3]), x)
         keras_facts.resize_in_float64(model)
         checks.inputs(model, first)
         checks.stateless(model)
