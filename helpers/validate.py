@@ -93,7 +93,7 @@ def _advice(r, slope, convex, solved):
     return "Raise the damping, or take the last layer alone (parameters='last_layer')."
 
 
-def _held_near(objective, rows, x_test, y_test, damping, steps=200):
+def _held_near(objective, rows, x_test, y_test, damping):
     """Return the actual changes (m, k) of test losses; of the removals finished, where cut off."""
     objective = objective.in_float64() or objective
     theta, slope, n = objective.theta, objective.gradient(), objective.n
@@ -109,7 +109,7 @@ def _held_near(objective, rows, x_test, y_test, damping, steps=200):
         return value, gradient + kept - slope + damping * away
 
     how = {"method": "L-BFGS-B", "jac": True}
-    options = {"maxiter": steps, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
+    options = {"maxiter": 200, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
     try:
         for row in tqdm(checks.rows(rows, n), "removals", unit="removal", leave=False):
             point = objective.data.gather([row])
