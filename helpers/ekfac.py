@@ -1,7 +1,7 @@
 """EK-FAC: the Gauss-Newton matrix layer by layer, in the eigenbasis of its Kronecker factors."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ class Blocks:
         shift = objective.decay + damping
         if shift.min() <= 0:
             raise ValueError("EK-FAC needs weight decay on every parameter, or damping > 0.")
-        self._wheres = [block.where for block in _blocks(objective)]
+        self._wheres = list(_blocks(objective).values())
         self._scales = [1 / np.sqrt(shift[where[:, :1]]) for where in self._wheres]
         d_o = [where.shape for where in self._wheres]
         squares = [(k, k) for shape in d_o for k in shape]
@@ -77,27 +77,20 @@ def _rotated(v, q, r):
     return np.tensordot(r, np.tensordot(q, v, (0, 0)), (0, 1)).swapaxes(0, 1)
 
 
-class _Block(NamedTuple):
-    """A layer, and where its kernel (d, o), with the bias as last row, stands in theta."""
-
-    layer: Any
-    where: np.ndarray
-
-
 def _blocks(objective):
+    """Return {layer: where its kernel (d, o), with the bias as last row, stands in theta}."""
     ends = np.cumsum([0, *objective.sizes])
     left = {
         id(v): np.arange(*at)
         for v, *at in zip(objective.variables, ends[:-1], ends[1:], strict=True)
     }
-    blocks = []
+    blocks = {}
     for layer in keras_facts.all_layers(objective.model):
         supported = type(layer) in (keras.layers.Dense, keras.layers.Conv2D)
         if supported and keras_facts.is_known(layer) and id(layer.kernel) in left:
             where = left.pop(id(layer.kernel)).reshape(-1, layer.kernel.shape[-1])
             bias = left.pop(id(layer.bias), None) if layer.use_bias else None
-            where = where if bias is None else np.vstack([where, bias])
-            blocks.append(_Block(layer, where))
+            blocks[layer] = where if bias is None else np.vstack([where, bias])
     if left:
         names = [v.path for v in objective.variables if id(v) in left]
         raise ValueError(
@@ -114,7 +107,7 @@ def _passes(objective, x, y):
     T positions: 1 for a Dense layer on vectors. One forward pass, one backward pass a column of F.
     """
     blocks = _blocks(objective)
-    inputs, befores, back = opened(objective, x, [block.layer for block in blocks])
+    inputs, befores, back = opened(objective, x, list(blocks))
     rows, widths = tf.shape(inputs[0])[0], [int(np.prod(b.shape[1:])) for b in befores]
 
     def pulled(direction):
@@ -124,15 +117,11 @@ def _passes(objective, x, y):
     factors *= tf.maximum(signs, 0)[:, None, :]  # EK-FAC has no negative eigenvalue
     columns = tf.transpose(factors, (2, 0, 1))
     parts = tf.split(map_rows(objective, pulled, columns), widths, axis=2)
-    for block, a, g in zip(blocks, inputs, parts, strict=True):
-        g = tf.reshape(g, (tf.shape(g)[0], rows, -1, block.where.shape[1]))
-        yield _with_ones(block, patches(block.layer, a)), g
-
-
-def _with_ones(block, a):
-    """Return inputs (b, T, d) with the one that a bias multiplies, where the layer has a bias."""
-    bias = a.shape[-1] < block.where.shape[0]
-    return tf.concat([a, tf.ones_like(a[..., :1])], 2) if bias else a
+    for (layer, where), a, g in zip(blocks.items(), inputs, parts, strict=True):
+        g, a = tf.reshape(g, (tf.shape(g)[0], rows, -1, where.shape[1])), patches(layer, a)
+        if a.shape[-1] < len(where):  # the layer's bias multiplies ones
+            a = tf.concat([a, tf.ones_like(a[..., :1])], 2)
+        yield a, g
 
 
 @compiled
@@ -148,7 +137,7 @@ def _factors(objective, scales):
                 sums.append(tf.matmul(flat, weighted, transpose_a=True))
         return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
 
-    size = sum(k * k for block in _blocks(objective) for k in block.where.shape)
+    size = sum(k * k for where in _blocks(objective).values() for k in where.shape)
     zeros = tf.zeros(size, objective.dtype)
     return objective.data.accumulate(one_batch, zeros, _copies(objective))
 
