@@ -41,17 +41,12 @@ class ExampleLoss:
         return self.object.name
 
     @property
-    def function(self):
-        """The function that a Keras loss wraps, or None for a class of the user's own."""
-        return keras_facts.function_of(self.object)
-
-    @property
     def is_cross_entropy(self):
         """Whether this is a cross-entropy of logits, which is convex in `outputs`.
 
         Keras takes the logits of a last softmax or sigmoid whatever `from_logits` says.
         """
-        known = self.function in keras_facts.OF_LOGITS
+        known = keras_facts.function_of(self.object) in keras_facts.OF_LOGITS
         return known and bool(self.activation or self.object.get_config()["from_logits"])
 
     def __call__(self, x, y):
