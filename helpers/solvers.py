@@ -481,12 +481,11 @@ class LiSSA(Solver):
         scale = self.scale or 1.1 * _largest_eigenvalue(H, batch, n, rng, seen) + self.damping
         low = max(seen.lambda_min + self.damping, 1e-6 * scale)
         depth = self.depth or int(np.clip(np.log(1 / self.rtol) * scale / low, 10, 20_000))
-        x, drawn = np.zeros_like(b), 0 if batch == n else batch
-        loop = traced(partial(_lissa, H, drawn == 0))
-        loop = H.compiled.setdefault(("LiSSA", drawn == 0), loop)
+        x, full = np.zeros_like(b), batch == n
+        loop = H.compiled.setdefault(("LiSSA", full), traced(partial(_lissa, H, full)))
         numbers = [tf.constant(float(a), H.precision) for a in (self.damping, scale)]
         for _ in range(self.samples):
-            rows = tf.constant(rng.integers(0, n, (depth, drawn)))
+            rows = tf.constant(rng.integers(0, n, (depth, 0 if full else batch)))
             found = loop(tf.constant(b, H.precision), rows, *numbers)
             x += found.numpy() / scale / self.samples
         if not np.isfinite(x).all():
