@@ -95,14 +95,12 @@ def _decayed(layers, variables, decayed):
         raise ValueError(f"decayed='{decayed}' is not known: 'kernels', 'all' or variables.")
     found = set()
     for each in decayed:
-        names = (each,) if isinstance(each, str) else ()
-        those = [
-            v for v in variables if v is each or any(f"/{v.path}".endswith(f"/{n}") for n in names)
-        ]
-        for layer in layers if names and not those else ():
-            if layer.name == each:
-                inside = {id(v) for v in layer.trainable_variables}
-                those += [v for v in variables if id(v) in inside]
+        if isinstance(each, str):
+            those = [v for v in variables if f"/{v.path}".endswith(f"/{each}")]
+            inside = {id(v) for la in layers if la.name == each for v in la.trainable_variables}
+            those = those or [v for v in variables if id(v) in inside]
+        else:
+            those = [v for v in variables if v is each]
         if not those:
             raise ValueError(
                 f"decayed names {getattr(each, 'path', each)}, which is none of the selected "
