@@ -15,10 +15,10 @@ from .keras_facts import traced
 
 
 class Spectrum(NamedTuple):
-    """What Lanczos saw: `values` and their `weights`, (steps x starts,), which sum to one.
+    """What Lanczos saw: `values` and their `weights`, (steps,), which sum to one.
 
-    The weights are the share of a random vector along each value: with several starts, a picture of
-    the spectral density (stochastic Lanczos quadrature).
+    The weights are the share of a random vector along each value: a picture of the spectral density
+    (stochastic Lanczos quadrature).
     """
 
     values: np.ndarray
@@ -36,24 +36,18 @@ class Damping(NamedTuple):
     spectrum: Spectrum | None
 
 
-def spectrum(H, *, steps=40, starts=1, seed=0, rows=None):
-    """Return the Spectrum of H from steps x starts products.
+def spectrum(H, *, steps=40, seed=0, rows=None):
+    """Return the Spectrum of H from `steps` products.
 
     Lanczos with full reorthogonalisation, vectors in float64. `rows` takes H of those training
     examples only.
     """
-    H, rng = as_operator(H), np.random.default_rng(seed)
-    p = H.shape[0]
-    product = products_of_rows(H, rows)
-    values, weights = [], []
-    for _ in range(starts):
-        alphas, betas = _lanczos(product, rng.normal(size=(p, 1)), min(steps, p))
-        ritz, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas)
-        values.append(ritz)
-        weights.append(vectors[0] ** 2 / starts)
-    values, weights = np.concatenate(values), np.concatenate(weights)
-    order = np.argsort(values)
-    return Spectrum(values[order], weights[order], values.min(), values.max(), len(alphas))
+    H = as_operator(H)
+    p, product = H.shape[0], products_of_rows(H, rows)
+    start = np.random.default_rng(seed).normal(size=(p, 1))
+    alphas, betas = _lanczos(product, start, min(steps, p))
+    values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas)  # from the smallest on
+    return Spectrum(values, vectors[0] ** 2, values[0], values[-1], len(alphas))
 
 
 def products_of_rows(H, rows):
