@@ -93,16 +93,12 @@ def outcome(claim):
     yes, no = OWN if claim["of"] == "here" else PUBLISHED
     if met(decides, limit):
         return yes
+    ends = np.atleast_1d(limit)
     if interval is not None:
-        near = _reaches(interval, limit)
+        near = interval[0] <= max(ends) and interval[1] >= min(ends)
     else:
-        near = any(abs(value - end) <= 0.1 * abs(end) for end in np.atleast_1d(limit))
+        near = any(abs(value - end) <= 0.1 * abs(end) for end in ends)
     return "partly" if near else no
-
-
-def _reaches(interval, limit):
-    low, high = min(np.atleast_1d(limit)), max(np.atleast_1d(limit))
-    return interval[0] <= high and interval[1] >= low
 
 
 def show_number(value):
