@@ -121,20 +121,12 @@ def show_value(claim):
 
 def table(claims):
     """Return claims as a table to show."""
-    rows = [
-        {
-            "id": c["id"],
-            "claim": c["claim"],
-            "of": c["of"],
-            "published": show_number(c.get("published")),
-            "criterion": criterion(c),
-            "value": show_value(c),
-            "verdict": c["verdict"],
-        }
-        for c in claims
-    ]
     pd.set_option("display.max_colwidth", 80, "display.width", 220)
-    return pd.DataFrame(rows).set_index("id")
+    columns = ["id", "claim", "of", "published", "criterion", "value", "verdict"]
+    rows = [{**c, "criterion": criterion(c), "value": show_value(c)} for c in claims]
+    shown = pd.DataFrame(rows, columns=columns).set_index("id")
+    shown["published"] = [show_number(c.get("published")) for c in claims]
+    return shown
 
 
 def write(notebook, profile, parameters, claims, *, dataset=None):
