@@ -265,4 +265,4 @@ def written(where, chosen=None):
     ]
     columns = ["notebook", "id", "claim", "of", "published"]
     columns += ["criterion", "value", "shown", "verdict"]
-    return pd.DataFrame(rows).reindex(columns=columns) if rows else pd.DataFrame(columns=columns)
+    return pd.DataFrame(rows, columns=columns)
