@@ -205,15 +205,13 @@ def _git(*words):
 
 def plain(value):
     """Return JSON types, floats with six significant digits (arrays become lists)."""
+    if hasattr(value, "tolist"):  # NumPy's and pandas's
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray, pd.Series, pd.Index)):
-        return [plain(v) for v in list(value)]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value
 
