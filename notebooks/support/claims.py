@@ -37,6 +37,7 @@ BOUNDS = {
     "interval_above": ("95 % interval above {}", lambda ends, limit: ends[0] > limit),
     "interval_holds": ("95 % interval holds {}", lambda ends, limit: ends[0] <= limit <= ends[1]),
 }
+CODE = ("helpers", "notebooks", "params")  # what decides a result
 SOURCES = ("paper", "thesis", "here")
 DEFAULT = "vehicles"  # the data set whose ids are bare, in notebooks that run on several
 PUBLISHED, OWN = ("reproduced", "not reproduced"), ("holds", "does not hold")
@@ -190,17 +191,17 @@ def _made_with(profile):
 
 def _commit():
     """Return the commit that made a result, "-dirty" if its code had uncommitted changes."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", "helpers", "notebooks", "params")
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        changed = git("status", "--porcelain", "--", *CODE).stdout
+    except OSError:  # there is no git
+        return "unknown"
     return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
 
 
-def _git(*words):
-    try:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
+def git(*words):
+    """Return what git did in this project, as `subprocess.run` returns it."""
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
 
 
 def plain(value):

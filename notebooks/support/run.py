@@ -15,7 +15,6 @@ import ast
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -33,7 +32,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from tqdm import tqdm
 
 from support import datasets, fetch, pages, stored
-from support.claims import DEFAULT, forget, read_record, written
+from support.claims import CODE, DEFAULT, forget, git, read_record, written
 from support.start import PROFILES
 from support.stored import ROOT, data_root, folder, named_folder, write
 
@@ -322,15 +321,10 @@ def promote(profile, chosen):
 
 def _refuse_other_code(name, commit):
     """Raise where a run's code is not the committed one, or where the tree has changes."""
-    if _git("status", "--porcelain").stdout:
+    if git("status", "--porcelain").stdout:
         raise ValueError("the tree has uncommitted changes: commit or remove them first")
-    code = ("helpers", "notebooks", "params")
-    if commit.endswith("-dirty") or _git("diff", "--quiet", commit, "HEAD", "--", *code).returncode:
+    if commit.endswith("-dirty") or git("diff", "--quiet", commit, "HEAD", "--", *CODE).returncode:
         raise ValueError(f"{name} was run with other code ({commit}) than is committed")
-
-
-def _git(*words):
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
 
 
 def main(arguments=None):
