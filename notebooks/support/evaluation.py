@@ -1,7 +1,7 @@
 """How well predictions agree with what retraining shows, and which points they are judged on."""
 
-import time
 import warnings
+from timeit import timeit
 from typing import NamedTuple
 
 import numpy as np
@@ -218,12 +218,5 @@ def _delong(scores, wanted):
 def time_ratio(ours, reference, *, repeats=5):
     """Return the median of time(ours) / time(reference) over interleaved runs, after a warm-up."""
     ours(), reference()
-    ratios = []
-    for _ in range(repeats):
-        times = []
-        for function in (ours, reference):
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-        ratios.append(times[0] / times[1])
-    return float(np.median(ratios))
+    runs = [[timeit(way, number=1) for way in (ours, reference)] for _ in range(repeats)]
+    return float(np.median([own / other for own, other in runs]))
