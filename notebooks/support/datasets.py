@@ -461,14 +461,12 @@ def unpacked(archive, wanted, *, most=math.inf):
 
 def two_classes(arrays, positive, negative):
     """Return Arrays with two classes only, labelled 1 (positive) and 0 (negative)."""
-    train = np.isin(arrays.y_train, [positive, negative])
-    test = np.isin(arrays.y_test, [positive, negative])
-    return Arrays(
-        arrays.x_train[train],
-        (arrays.y_train[train] == positive).astype(np.int64),
-        arrays.x_test[test],
-        (arrays.y_test[test] == positive).astype(np.int64),
-    )
+
+    def chosen(x, y):
+        rows = np.isin(y, [positive, negative])
+        return x[rows], (y[rows] == positive).astype(np.int64)
+
+    return Arrays(*chosen(arrays.x_train, arrays.y_train), *chosen(arrays.x_test, arrays.y_test))
 
 
 # -------------------------------------------------------------------- hospital stays
