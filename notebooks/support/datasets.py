@@ -578,21 +578,18 @@ MOST_BYTES = 10**8  # of all e-mails unpacked: they have 9 MB
 ENRON_SHA256 = "9895dd8b31c4ce457add710d25b590dfe4c103f8113e01cfd9a07ce616b81c7a"
 
 
-def enron(*, seed=0, min_df=5):
+def enron(*, seed=0):
     """Return Enron1 as Arrays of word counts: 4,137 / 1,035 e-mails, spam is 1, ham 0.
 
-    Words of two letters and more that are no English stop words and occur in `min_df` training
+    Words of two letters and more that are no English stop words and occur in five training
     e-mails, as Koh & Liang had it; they also lemmatised. Read from data root/spam: enron1.tar.gz,
     or its unpacked folder enron1.
     """
     mails = enron_mails(found("enron"))
     texts = [text.decode("latin-1") for _, text in mails]
     y = np.array([name.startswith("spam") for name, _ in mails], np.int64)
-    size = len(y) - int(0.8 * len(y))
-    texts, texts_test, y, y_test = train_test_split(texts, y, test_size=size, random_state=seed)
-    words = CountVectorizer(
-        min_df=min_df, stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{2,}\b"
-    )
+    texts, texts_test, y, y_test = train_test_split(texts, y, train_size=0.8, random_state=seed)
+    words = CountVectorizer(min_df=5, stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{2,}\b")
     counts = words.fit_transform(texts), words.transform(texts_test)
     return Arrays(counts[0].toarray().astype(float), y, counts[1].toarray().astype(float), y_test)
 
