@@ -62,12 +62,11 @@ def save(figure, name, profile, **numbers):
     return Image(path)
 
 
-def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None, symlog=None):
+def agreement(panels, *, unit="nats", colour=None, colour_label="", symlog=None):
     """Return a figure of actual against predicted changes, one panel a prediction, and the line.
 
     panels : {name: (predicted (k,), actual (k,))}; colour : (k,) values that colour the dots;
-    titles : {name: text}, by default each name with its r and slope; symlog : axes are linear up to
-    this value and logarithmic beyond, if any value lies there.
+    symlog : axes are linear up to this value and logarithmic beyond, if any value lies there.
     """
     from support.evaluation import agreement as measured
 
@@ -82,16 +81,15 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", titles=None,
         found = measured(predicted, actual)
         axis.plot(ends, ends, color="0.6", lw=1)
         dots = axis.scatter(predicted, actual, c=colour, s=12, cmap=cmap)
-        text = f"{name}\nr {found.r:.2f}, slope {found.slope:.2f}"
-        axis.set(title=(titles or {}).get(name, text), xlabel=f"predicted change ({unit})")
+        title = f"{name}\nr {found.r:.2f}, slope {found.slope:.2f}"
+        axis.set(title=title, xlabel=f"predicted change ({unit})", box_aspect=1)
         axis.locator_params(nbins=3)  # more labels overlap
         for scale, one in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
             if symlog and max(passed) > symlog:
                 scale("symlog", linthresh=symlog)
                 one.set_major_locator(FixedLocator([0, *last]))
             one.set_major_formatter("{x:g}")
-        axis.set(box_aspect=1)  # the line's ends give all axes the same limits
-        axis.label_outer()
+        axis.label_outer()  # the line's ends give all axes the same limits
     axes[0, 0].set_ylabel(f"actual change ({unit})")
     if colour is not None:
         figure.colorbar(dots, ax=axes, label=colour_label)
