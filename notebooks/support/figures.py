@@ -43,17 +43,17 @@ def save(figure, name, profile, **numbers):
     keeps sheets of pictures small. A plot is also written as PDF, and its PNG says that it is one.
     """
     path = folder("runs", profile, "figures") / f"{name}.png"
-    info, dpi = PngInfo(), getattr(figure, "file_dpi", 145)
-    info.add_text("shows", "pictures" if shows_pictures(figure) else "plot")
+    plot, info = not shows_pictures(figure), PngInfo()
+    info.add_text("shows", "plot" if plot else "pictures")
     buffer, small, print_ = io.BytesIO(), io.BytesIO(), io.BytesIO()
     width, height = figure.get_size_inches()
-    plot, printed = not shows_pictures(figure), WIDTHS[0] if width < 4.5 else WIDTHS[1]
+    printed = WIDTHS[0] if width < 4.5 else WIDTHS[1]
     if plot or width > WIDTHS[1]:
         figure.set_size_inches(printed, height * printed / width)
     if plot:
         figure.savefig(print_, format="pdf", metadata={"CreationDate": None})  # else it has a date
         stored.write(path.with_suffix(".pdf"), print_.getvalue())
-    figure.savefig(buffer, dpi=dpi)
+    figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 145))
     plt.close(figure)
     Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True, pnginfo=info)
     stored.write(path, small.getvalue())
