@@ -1,6 +1,6 @@
 """Frozen features of pictures from any Keras backbone, kept under what they depend on."""
 
-import types
+import inspect
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,6 @@ def load_backbone(name, *, weights="imagenet", size=None):
     if not callable(build):
         known = sorted(n for n in dir(keras.applications) if n[0].isupper())
         raise ValueError(f"No keras.applications model is called '{name}'. {', '.join(known)}")
-    modules = [m for m in vars(keras.applications).values() if isinstance(m, types.ModuleType)]
-    module = next(m for m in modules if hasattr(m, name))
     if weights not in ("imagenet", None) and not Path(weights).exists():
         weights = stored.keras_home() / "models" / weights
     size = size or (299 if name in ("InceptionV3", "InceptionResNetV2", "Xception") else 224)
@@ -57,7 +55,7 @@ def load_backbone(name, *, weights="imagenet", size=None):
     except (OSError, ValueError) as error:
         raise ValueError(f"Could not load {name} with weights={weights!r}: {error}.") from error
     model.trainable = False
-    return Backbone(name, model, module.preprocess_input, size)
+    return Backbone(name, model, inspect.getmodule(build).preprocess_input, size)
 
 
 def _on_disk(name, origin, *, cache_subdir="models", file_hash=None, **_):
