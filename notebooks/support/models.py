@@ -45,7 +45,7 @@ def smooth_hinge(t):
     return loss
 
 
-def all_cnn(side=28, *, width=8, classes=10):
+def all_cnn(side=28, *, width=8):
     """Return Koh & Liang's all-convolutional network: tanh, no pooling, 2,616 parameters.
 
     Six convolutions (the second and fourth with stride two, the last 1 x 1 to ten channels), the
@@ -57,5 +57,5 @@ def all_cnn(side=28, *, width=8, classes=10):
         model.add(layers.Conv2D(width, 3, stride, activation="tanh"))
     model.add(layers.Conv2D(10, 1, activation="tanh"))
     model.add(layers.GlobalAveragePooling2D())
-    model.add(layers.Dense(classes))
+    model.add(layers.Dense(10))
     return model

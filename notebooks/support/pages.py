@@ -128,10 +128,10 @@ def _link(notebook, text, up=""):
     return f"[{text}]({up}notebooks/{notebook}.ipynb)"
 
 
-def in_short(answer, least=50):
-    """Return an answer's first sentence, and the next where the first says too little."""
+def in_short(answer):
+    """Return an answer's first sentence, and the next where the first has under 50 letters."""
     ends = [m.end() for m in re.finditer(r"[.](?= [A-Z*]|$)", answer)]
-    return answer[: next((end for end in ends if end >= least), None)]
+    return answer[: next((end for end in ends if end >= 50), None)]
 
 
 def update_readme(path=None):
