@@ -31,11 +31,6 @@ def style():
     plt.rcParams.update(settings | {"figure.constrained_layout.use": True})
 
 
-def shows_pictures(figure):
-    """Return whether a figure holds any raster: a photograph, a digit, or a map of values."""
-    return any(map(figure.findobj, (AxesImage, BboxImage, FigureImage)))
-
-
 def save(figure, name, profile, **numbers):
     """Write runs/<profile>/figures/<name>.png and the plotted numbers as <name>.json; return it.
 
@@ -43,7 +38,8 @@ def save(figure, name, profile, **numbers):
     keeps sheets of pictures small. A plot is also written as PDF, and its PNG says that it is one.
     """
     path = folder("runs", profile, "figures") / f"{name}.png"
-    plot, info = not shows_pictures(figure), PngInfo()
+    rasters = AxesImage, BboxImage, FigureImage  # a photograph, a digit, or a map of values
+    plot, info = not any(map(figure.findobj, rasters)), PngInfo()
     info.add_text("shows", "plot" if plot else "pictures")
     buffer, small, print_ = io.BytesIO(), io.BytesIO(), io.BytesIO()
     width, height = figure.get_size_inches()
