@@ -165,8 +165,7 @@ def checkpoint(place):
             if values is None:
                 values = compute()
                 try:
-                    work = getattr(compute, "func", compute)  # of a partial
-                    put(path, {"values": values}, made_by=f"{_home(work)}.{work.__qualname__}")
+                    put(path, {"values": values})
                 except OSError as error:
                     warnings.warn(f"{path} is not kept ({error.strerror}).", stacklevel=2)
             Path(lock.lock_file).unlink(missing_ok=True)
