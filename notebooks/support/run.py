@@ -39,7 +39,6 @@ from support.stored import ROOT, data_root, folder, named_folder, write
 ALONE = {"00", "01", "02", "16"}  # the others read what 00-02 write, and 16 what all of them wrote
 MISSING = "not applicable"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-LANGUAGE = {"name": "python"}
 NOT_RUN = 2  # exit status where nothing was run because of what was asked for
 
 
@@ -86,14 +85,14 @@ def checked(given, declared):
 
 def tidy(notebook, *, injected=True):
     """Drop what changes from run to run; `injected=False` also drops the injected parameters."""
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     if not injected:
         notebook.cells = [
             c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])
         ]
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not _passing(o)]
     return CoalesceStreamsPreprocessor().preprocess(notebook, {})[0]
