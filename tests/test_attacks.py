@@ -299,7 +299,7 @@ def asked_for():
             for kind in ("original", "better"):
                 yield p, bed, f"{p['dataset']}_{size}_{kind}", kind, size, counts
         for change in p["changes"]:
-            name = f"{p['dataset']}_{size}_changed_{'_'.join(map(str, change.values()))}"
+            name = f"{p['dataset']}_{size}_changed_{next(iter(change.values()))}"
             counts = [p["n_changed"], 0, 0]
             yield p, bed | change, name, "original", change.get("size", size), counts
 
@@ -335,14 +335,18 @@ def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch)
                 assert hits == committed(f"{p['dataset']}_flipped")[f"{kind}_{size}"]
                 falls = committed(f"{p['dataset']}_reach")[f"{kind}_{size}"]
                 assert attacks.claims.plain(ours) == falls
-        name = f"{p['dataset']}_at_once"
-        if (COMMITTED / f"11_{name}.json").exists() and name not in seen:
-            record = committed(name)
-            about = {"bed": bed | {"many_of": p["many_of"]}, "tests": record["about"]["tests"]}
-            about |= {"steps": p["many_steps"], "without": p["mislabelled"]}
-            known = attacks.Record(name, "real", about, like(record)).targets
-            assert {str(t): one for t, one in known.items()} == record["targets"]
-            seen.add(name)
+        asked = {"at_once": {"steps": p["many_steps"], "without": p["mislabelled"]}}
+        asked["recall"] = {"bed": bed, "pool": p["pool"], "shortlist": p["shortlist"]}
+        for kind, about in asked.items():
+            name = f"{p['dataset']}_{kind}"
+            if (COMMITTED / f"11_{name}.json").exists() and name not in seen:
+                record = committed(name)
+                if kind == "at_once":
+                    about["bed"] = bed | {"many_of": p["many_of"]}
+                    about["tests"] = record["about"]["tests"]
+                known = attacks.Record(name, "real", about, like(record)).targets
+                assert {str(t): one for t, one in known.items()} == record["targets"]
+                seen.add(name)
     of_attacks = (path.stem[3:] for path in COMMITTED.glob("11_*.json"))
     assert seen == {name for name in of_attacks if "about" in committed(name)}
 
