@@ -251,9 +251,9 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
 
     monkeypatch.setattr(attacks, "ladder", counted)
 
-    def all_of_them(weight_decay=1e-3, **how):
+    def all_of_them(weight_decay=1e-3, counts=(3, 2, 1), **how):
         bed = {"weight_decay": weight_decay}
-        return attacks.ladders(setting, "some_bed", "real", bed, [3, 2, 1], **how)
+        return attacks.ladders(setting, "some_bed", "real", bed, counts, **how)
 
     with pytest.raises(KeyboardInterrupt):
         all_of_them()
@@ -267,6 +267,9 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     for name in attacks.SUBSETS:
         np.testing.assert_allclose(found[t][name], whole[name], rtol=1e-4)
     assert found[t]["passes"] == whole["passes"]
+    assert list(all_of_them(counts=(4, 2, 1))) == attacks.draw(setting, 0, 4).tolist()
+    assert climbed[4:] == [1]  # more of the same targets are added
+    assert list(all_of_them(go_on=False)) == list(found)
     with pytest.raises(ValueError, match=r"another attack .* differs: bed.* Move it away"):
         all_of_them(1e-4)
     committed = tmp_path / "committed"
@@ -276,10 +279,10 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     assert len(all_of_them(go_on=False)) == 3  # what is committed of the same pictures counts
     assert not capsys.readouterr().out
     assert all_of_them(1e-4, go_on=False) == {}  # of another bed it does not
-    assert "differs: bed. Its 3 targets are not used" in capsys.readouterr().out
+    assert "differs: bed. Its 4 targets are not used" in capsys.readouterr().out
     monkeypatch.setattr(setting, "margin", 1.5 * setting.margin)
     assert all_of_them(go_on=False) == {}  # nor of other pictures
-    assert "differs: margins of the test pictures. Its 3 targets" in capsys.readouterr().out
+    assert "differs: margins of the test pictures. Its 4 targets" in capsys.readouterr().out
     (committed / "11_some_bed.json").rename(tmp_path / "real" / "11_some_bed.json")
     with pytest.raises(ValueError, match="another attack"):
         all_of_them()

@@ -235,7 +235,8 @@ class Record:
     The file is runs/<profile>/11_<name>.json, and for a promotion in runs/<profile>/figures too. It
     begins as figures/<profile>/11_<name>.json, the committed one; where that is of another bed, or
     of other pictures (margins tell), this is said and it is not used. In `demo` there is none.
-    about : the bed and the rule. targets : {test picture: dict, with its clean `margin`}.
+    about : the bed and the rule; of its `targets` and `counts` there may have been others. targets :
+    {test picture: dict, with its clean `margin`}.
     """
 
     def __init__(self, name, profile, about, attacker):
@@ -247,7 +248,8 @@ class Record:
         content = json.loads(begun.read_text(encoding="utf-8"))
         known = {int(t): one for t, one in content["targets"].items()}
         before, margin = content["about"], dict(enumerate(attacker.margin))
-        differs = [k for k in before | self.about if before.get(k) != self.about.get(k)]
+        rule = (before.keys() | self.about.keys()) - {"targets", "counts"}
+        differs = sorted(k for k in rule if before.get(k) != self.about.get(k))
         if any(abs(margin.get(t, np.inf) - one["margin"]) > 0.05 for t, one in known.items()):
             differs.append("margins of the test pictures")
         told = f"{begun} holds another attack than asked for. What differs: {', '.join(differs)}."
@@ -277,7 +279,8 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
 
     bed : dict of what the attacker was made from, kept in the file. counts : how many pictures of
     the `draw` are attacked by one carrier, by up to five, and by up to ten, in this order; of the
-    better attacker those for ten come first. Without `go_on` only what is known is returned.
+    better attacker those for ten come first, and a target that lacks subsets begins anew. Without
+    `go_on` only what is known is returned.
     """
     tests, better = draw(attacker, seed, counts[0]), how.get("better", False)
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
@@ -289,7 +292,7 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
         begun, names = {t: record.targets.get(t, {}) for t in tests[:count]}, [*SUBSETS][:stop]
         left = [t for t, one in begun.items() if not (flipped(one) or names[-1] in one)]
         for k in tqdm(range(0, len(left), 8), record.file, leave=False):
-            some = {t: begun[t] for t in left[k : k + 8]}
+            some = {t: {} if better else begun[t] for t in left[k : k + 8]}
             record.add(ladder(attacker, some, subsets=names, **how))
     return {t: record.targets[t] for t in tests if t in record.targets}
 
