@@ -23,7 +23,7 @@ def linear_head(d, n_classes=2, *, use_bias=False):
 
 def bound_head(x, y, weight_decay):
     """Return the Objective of a linear head without a bias on classes y (n,): 0 and 1, or more."""
-    losses, classes = keras.losses, int(y.max()) + 1
+    losses, classes = keras.losses, max(2, int(y.max()) + 1)
     kind = losses.BinaryCrossentropy if classes == 2 else losses.SparseCategoricalCrossentropy
     y = y.astype(float) if classes == 2 else y
     head = linear_head(x.shape[1], classes)
