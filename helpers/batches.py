@@ -30,6 +30,7 @@ class Batches:
     ):
         self.dtype, self.memory_budget, self.strategy = dtype, memory_budget, strategy
         self.bytes_an_example = 0 if isinstance(x, tf.data.Dataset) else bytes_an_example
+        self._most = int(np.clip(2e8 // max(1, bytes_an_example), 2, 8))  # few of large ones
         self._dataset, self._data = None, None
         if isinstance(x, tf.data.Dataset):
             if strategy is not None:
@@ -52,6 +53,7 @@ class Batches:
             step = self.batch_size if _is_on_disk(values) else self.n
             for start in range(0, self.n, step):
                 checks.finite(values[start : start + step], "training examples", start)
+        self._few = _spread((x, y, weight))
         if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
             self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
         else:
@@ -65,7 +67,7 @@ class Batches:
 
     def _read(self, dataset, check):
         """Count a Dataset's examples, check its batches, and that a second pass gives the same."""
-        sizes, first, total = [], 0, 0.0
+        sizes, first, total, few, stride = [], 0, 0.0, [], 1
         for x, y, *weight in dataset:
             checks.lengths(x, y)
             for values in (*keras.tree.flatten(x), y):
@@ -73,6 +75,10 @@ class Batches:
             check(y)
             total += checks.weights(weight[0] if weight else None, len(y), y, some=False).sum()
             first = checks.checksum((x, y, *weight), first)
+            if len(sizes) % stride == 0:
+                few.append(_spread((x, y, *weight)))
+            if len(few) > 16:
+                few, stride = few[::2], 2 * stride
             sizes.append(len(y))
         if not sum(sizes):
             raise ValueError("The training data hold no example.")
@@ -86,7 +92,7 @@ class Batches:
                 "Two passes over the Dataset differ, so its examples have no number: leave out "
                 "shuffle(), random augmentation and what else changes from pass to pass."
             )
-        self.n, self.batch_size = sum(sizes), max(sizes)
+        self.n, self.batch_size, self._few = sum(sizes), max(sizes), _joined(few)
 
     def _shared_out(self, x, y, weight):
         """Return (x, y, weight) as distributed values: consecutive rows, a share a replica."""
@@ -125,6 +131,10 @@ class Batches:
     def first(self, k):
         """Return (x, y, weight) of the first k examples, or of fewer if a batch holds fewer."""
         return next(self.each(k))
+
+    def few(self, least=2):
+        """Return (x, y, weight) of `least` to 8 examples, spread over all: data may be sorted."""
+        return self._complete(*_spread(self._few, max(least, self._most)))
 
     def of(self, x, y, weight=None, batch_size=None):
         """Yield (x, y, weight) tensors of other examples in batches; the last is smaller."""
@@ -242,11 +252,36 @@ def of_any_form(x, y):
         )
     if isinstance(x, keras.utils.PyDataset) or (y is None and _is_list_of_batches(x)):
         return _as_dataset(x), y
-    return (x, y) if isinstance(x, tf.data.Dataset) else (arrays(x), one_array(y))
+    if not isinstance(x, tf.data.Dataset):
+        return arrays(x), one_array(y)
+    nested = isinstance(x.element_spec, tuple) and isinstance(x.element_spec[1], dict)
+    return x.map(lambda x, y, *weight: (x, one_array(y), *weight)) if nested else x, y
+
+
+def _spread(batch, k=8):
+    """Return k of the examples (x, y, weight) at most, the first and last among them, as arrays."""
+
+    def picked(a):
+        return np.concatenate([np.asarray(a[i : i + 1]) for i in rows])  # `a` may lie on disk
+
+    rows = np.unique(np.linspace(0, len(batch[1]) - 1, k).astype(int))
+    return keras.tree.map_structure(picked, batch)
+
+
+def _joined(batches):
+    """Return batches as one, without those of another length of sequences than the first."""
+
+    def shapes(batch):
+        return [a.shape[1:] for a in keras.tree.flatten(batch)]
+
+    alike = [batch for batch in batches if shapes(batch) == shapes(batches[0])]
+    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *alike)
 
 
 def _is_list_of_batches(x):
-    return isinstance(x, list) and all(isinstance(part, tuple) and len(part) > 1 for part in x)
+    return isinstance(x, list) and all(
+        isinstance(part, (tuple, list)) and len(part) > 1 and np.ndim(part[0]) for part in x
+    )
 
 
 def _as_dataset(batches):
@@ -259,14 +294,24 @@ def _as_dataset(batches):
     first = next(read(), None)
     if first is None:
         raise ValueError("The training data hold no example.")
-    first = keras.tree.map_structure(np.asarray, first)
-    shapes = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape[1:]), a.dtype), first)
-    return tf.data.Dataset.from_generator(read, output_signature=shapes)
+
+    def common(a, spec=None):
+        shape, dtype = tf.TensorShape((None, *np.shape(a)[1:])), np.asarray(a).dtype
+        if spec is not None:
+            shape = shape.most_specific_compatible_shape(spec.shape)
+            dtype = np.result_type(dtype, spec.dtype.as_numpy_dtype)
+        return tf.TensorSpec(shape, dtype)
+
+    specs = keras.tree.map_structure(common, first)
+    for batch in read():  # whole numbers here, fractions there; sequences of other lengths
+        specs = keras.tree.map_structure(common, batch, specs)
+    return tf.data.Dataset.from_generator(read, output_signature=specs)
 
 
 def arrays(x):
     """Return x as arrays that can be sliced, nested as the model's inputs are."""
-    if isinstance(x, (list, tuple)) and not any(hasattr(a, "shape") for a in keras.tree.flatten(x)):
+    parts = keras.tree.flatten(x)
+    if isinstance(x, (list, tuple)) and not any(len(getattr(a, "shape", ())) for a in parts):
         return _array(x)  # rows of numbers, not inputs
     return keras.tree.map_structure(_array, x)
 
@@ -275,8 +320,10 @@ def one_array(y):
     """Return the labels of the one output, which may come as a dict or a list of one."""
     if isinstance(y, dict) and len(y) == 1:
         (y,) = y.values()
-    elif isinstance(y, (list, tuple)) and len(y) == 1 and np.ndim(y[0]):
+    elif isinstance(y, (list, tuple)) and len(y) == 1 and len(getattr(y[0], "shape", ())):
         (y,) = y
+    if isinstance(y, dict):
+        raise ValueError(f"The labels are those of several outputs, {sorted(y)}: bind one output.")
     return _array(y)
 
 

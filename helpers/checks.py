@@ -92,7 +92,7 @@ def inputs(model, x, like=None):
             raise ValueError(f"The inputs are called {sorted(names)}; x has {sorted(x)}.")
     flat = keras.tree.flatten(x)
     if declared is not None:
-        wanted = [(None, *t.shape[1:]) for t in keras.tree.flatten(declared)]
+        wanted = [(None, *t.shape[1:]) for t in _declared_like(x, declared)]
     elif like is not None:
         wanted = [(*[None] * (len(shape) - 1), *shape[-1:]) for shape in like if len(shape)]
     else:
@@ -107,6 +107,15 @@ def inputs(model, x, like=None):
                 f"An input has shape {got}, the model takes {want}: the first axis counts the "
                 "examples (one is x[:1]), the others must be the model's."
             )
+
+
+def _declared_like(x, declared):
+    """Return the declared inputs in the order in which those of x are flattened."""
+    flat, named = (
+        keras.tree.flatten(declared),
+        isinstance(x, dict) and not isinstance(declared, dict),
+    )
+    return sorted(flat, key=lambda t: t.name) if named else flat
 
 
 def stateless(model):

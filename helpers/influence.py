@@ -53,7 +53,7 @@ def predicted_loss_change(objective, s, *, out=None):
 
     +(1/n) s_j . (w_i grad loss(z_i) + decay * theta): Koh & Liang 2017, equation 2, for removal.
     A removed point takes its share of the regulariser along, so each row sums to n s . grad L,
-    zero at the optimum.
+    zero at the optimum. (Where Keras masks, the share is what counts of the point over the mean.)
 
     s : what `s_test` returned, or an array (p,) or (p, m).
     out : array (m, n) to write to, block by block: `np.lib.format.open_memmap` makes one on disk.
@@ -72,9 +72,12 @@ def predicted_loss_change(objective, s, *, out=None):
 def _blocks_of_changes(objective, s):
     """Yield `predicted_loss_change` in blocks (m, b) of consecutive training points."""
     s = _columns(objective, s)
-    share = (objective.decay * objective.theta @ s)[:, None]
+    share, counted, start = (objective.decay * objective.theta @ s)[:, None], 1.0, 0
     for block in blocks_of_dots(objective, s):
-        block += share
+        if objective.loss.counted is not None:
+            counted = objective.loss.counted[start : start + block.shape[1]]
+        start += block.shape[1]
+        block += share * counted
         block /= objective.n
         yield block
 
@@ -141,8 +144,10 @@ def self_influence(H, x, y, *, damping=0.0):
     the code released with Koh & Liang 2017 had sigma_i instead of its square. H : as in `s_test`.
     """
     H = as_operator(H)
-    objective = H.objective
-    derivatives.warn_if_flat(objective)
+    derivatives.warn_if_flat(H.objective)
+    rounded = H.precision == "float32"
+    objective = (rounded and H.objective.in_float64()) or H.objective
+    H = type(H)(objective)
     x, y = objective.examples(x, y)
     factor = Factor(damped(H.dense(), checks.number("damping", damping)))
     step = objective.data.affordable(16 * objective.p)
@@ -159,9 +164,9 @@ def influence_wrt_input(objective, s, x, y):
     Koh & Liang 2017, section 2.2: I_pert,loss up to its sign. A step of x_i along this makes the
     example more helpful for the test point of `s`, a step against it more harmful. s : (p,).
 
-    Integers and texts have no gradient: None beside other inputs, ValueError alone. But where one
-    input is of this kind and the model has one Embedding, that of the Embedding's output stands
-    there, (m, steps, width).
+    Integers, texts and what the model makes integers of have no gradient: None beside other inputs,
+    ValueError alone. But where one input is of integers or texts and the model has one Embedding,
+    that of the Embedding's output stands there, (m, steps, width).
     """
     s = _columns(objective, s)
     if s.shape[1] != 1:
@@ -170,13 +175,16 @@ def influence_wrt_input(objective, s, x, y):
     real = [a.dtype.kind == "f" for a in keras.tree.flatten(x)]
     if real.count(False) == 1 and len(_embeddings(objective)) == 1:
         real = [True] * len(real)
-    if not any(real):
+    batches = objective.data.of(x, y) if any(real) else ()
+    parts = [_input_gradients(objective, s, xb, yb) for xb, yb, _ in batches]
+    every = [None if p[0] is None else np.concatenate(p) for p in zip(*parts, strict=True)]
+    if all(part is None for part in every):
         raise ValueError(
-            "influence_wrt_input needs real-valued inputs: integers and texts have no gradient, "
-            "unless the model has one Embedding and one such input."
+            "influence_wrt_input needs real-valued inputs: integers and texts (and token ids that "
+            "are floats, made integers by the model) have no gradient, unless the model has one "
+            "Embedding and one input of integers or texts."
         )
-    parts = [_input_gradients(objective, s, xb, yb) for xb, yb, _ in objective.data.of(x, y)]
-    every = (np.concatenate(part) for part in zip(*parts, strict=True))
+    every = iter(every)
     return keras.tree.pack_sequence_as(x, [next(every) if r else None for r in real])
 
 
@@ -192,7 +200,7 @@ def _input_gradients(objective, s, x, y):
     real = [a for a in inputs if a.dtype.is_floating]
     if by_differences(objective):
         return [along(objective, s, partial(_slope_of_input, objective, x, y, a)) for a in real]
-    parts, none = objective.unflatten(s), tf.UnconnectedGradients.ZERO
+    parts = objective.unflatten(s)
     with tf.GradientTape() as outer:
         outer.watch(real)
         with tf.GradientTape() as inner, keras_facts.tapped(embeddings, seen):
@@ -203,7 +211,7 @@ def _input_gradients(objective, s, x, y):
         if more:
             raise ValueError("The Embedding is called more than once: no one output is its own.")
         real = [a if a.dtype.is_floating else embedded for a in inputs]
-    return outer.gradient(dot, real, unconnected_gradients=none)
+    return outer.gradient(dot, real)
 
 
 def _slope_of_input(objective, x, y, one):

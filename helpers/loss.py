@@ -2,6 +2,7 @@
 
 from functools import cached_property
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,15 +17,22 @@ class ExampleLoss:
     object : the `keras.losses.Loss`; name : what it is called; predicted : the shape of the model's
     predictions, (b, ...), None for a length that may vary; last_activation : the softmax or sigmoid
     by which the model ends, or None; activation : the same where the loss is convex below it, so
-    that `outputs` are logits.
+    that `outputs` are logits; counted : (n,) how much of each training example Keras does not mask,
+    in units of the mean, or None where it masks nothing.
     """
 
     def __init__(self, model, loss, y, predictions, dtype):
         """Bind what `compile` takes as a loss; y, predictions : of a few examples."""
         self.model, self.dtype = model, dtype
         self._weight = keras_facts.loss_weight(model) if loss is None else 1.0
+        if loss is None and keras_facts.computes_its_loss(model):
+            raise ValueError(
+                "The model overrides compute_loss or train_step, so its compiled loss need not be "
+                "what it is trained on: pass the loss of an example, loss=..."
+            )
         given = loss if loss is not None else getattr(model, "loss", None)
         self.object, self._steps = keras_facts.as_loss(given, y, predictions), None
+        self.counted = None
         if self.object.reduction in ("sum", "mean_with_sample_weight"):
             raise ValueError(
                 f"The loss has reduction='{self.object.reduction}', which weighs examples against "
@@ -113,6 +121,15 @@ class ExampleLoss:
                 "The model gives other predictions when it is called again with training=False: "
                 "a layer draws random numbers. Make it depend on `training`."
             )
+        last = keras.tree.map_structure(lambda a: a[-1:], x)
+        alone, among = np.asarray(keras_facts.predict(self.model, last)), predictions[-1:].numpy()
+        near = 1e-3 * np.abs(among).max(initial=1e-2)
+        if not np.allclose(alone, among, rtol=0, atol=near, equal_nan=True):
+            raise ValueError(
+                "The model predicts an example alone differently than among others: a layer mixes "
+                "the examples of a batch (normalisation by the batch, a mean or norm over the "
+                "first axis, noise with a fixed seed), and then no example has an influence."
+            )
         self._dtypes, b = {}, int(predictions.shape[0])
         for wanted in dict.fromkeys(("float64", self.dtype)):
             try:
@@ -134,6 +151,15 @@ class ExampleLoss:
                     f"one value an example is {mine:.6g}: the loss couples the examples of a batch "
                     "or averages in a way of its own, and then no example has an influence."
                 )
+        with tf.GradientTape() as tape:
+            values = keras_facts.unreduced(self.object, y, predictions, dtype)
+        own = tape.gradient(values, [v.value for v in self.model.trainable_variables])
+        if any(g is not None for g in own):
+            raise ValueError(
+                "The loss depends on parameters of the model not only through its predictions: "
+                "make a penalty a kernel_regularizer, and let the model output what is learned "
+                "beside (a scale, say)."
+            )
         self.last_activation = keras_facts.last_activation(self.model, x)
         self.activation = self.last_activation
         if self.activation is not None and not self._is_convex(x, y):
@@ -163,16 +189,22 @@ class ExampleLoss:
         return True
 
     def count_steps(self, batches):
-        """Count what Keras does not mask, in the mean over the training examples."""
+        """Count what Keras does not mask, in each training example and in their mean."""
         x, y, _ = batches.first(1)
-        self._steps = None
+        self._steps = self.counted = None
         if self._mask(x, y) is None:
             return
-        count = keras_facts.traced(lambda x, y: tf.math.count_nonzero(self._mask(x, y)))
-        total = sum(int(count(x, y)) for x, y, _ in batches.each())
-        if not total:
+
+        def count(x, y):
+            mask = self._mask(x, y)
+            return tf.math.count_nonzero(tf.reshape(mask, (tf.shape(mask)[0], -1)), axis=1)
+
+        count = keras_facts.traced(count)
+        counts = np.concatenate([count(x, y).numpy() for x, y, _ in batches.each()])
+        if not counts.any():
             raise ValueError("Every step of the training data is masked: nothing counts.")
-        self._steps = total / batches.n
+        self._steps = counts.mean()
+        self.counted = counts / self._steps
 
     def _mask(self, x, y):
         predictions = keras_facts.predict(self.model, x)

@@ -131,7 +131,7 @@ class Objective:
             memory_budget=memory_budget,
             strategy=strategy,
         )
-        twice = keras.tree.map_structure(lambda a: tf.concat([a, a], 0), self.data.first(3)[:2])
+        twice = keras.tree.map_structure(lambda a: tf.concat([a, a], 0), self.data.few(3)[:2])
         self.loss.hold_against_keras(*twice)  # a loss that couples examples minds equal ones
         self.loss.count_steps(self.data)
 
@@ -206,6 +206,8 @@ class Objective:
 
     @theta.setter
     def theta(self, vector):
+        if np.shape(vector) != (self.p,):
+            raise ValueError(f"theta has shape ({self.p},), not {np.shape(vector)}.")
         self._assign(tf.constant(np.asarray(vector), self.dtype))
 
     @contextmanager

@@ -1,5 +1,7 @@
 """Which of a model's variables are theta, and how much weight decay each has."""
 
+import warnings
+
 import keras
 import numpy as np
 
@@ -18,18 +20,23 @@ def selected(model, parameters, x):
             "list of layer names or variables."
         )
     else:
-        named = {la.name: la for la in keras_facts.all_layers(model)}
-        unknown = [q for q in parameters if isinstance(q, str) and q not in named]
-        if unknown:
-            raise ValueError(f"No layer is called {unknown}; the model has {sorted(named)}.")
-        chosen = [
-            v
-            for q in parameters
-            for v in (named[q].trainable_variables if isinstance(q, str) else [q])
-        ]
+        layers, chosen = keras_facts.all_layers(model), []
+        for q in parameters:
+            named = [la for la in layers if la.name == q] if isinstance(q, str) else []
+            if isinstance(q, str) and len(named) != 1:
+                count = f"{len(named)} layers are" if named else "No layer is"
+                every = sorted({la.name for la in layers})
+                raise ValueError(f"{count} called {q}: pass variables, or one of {every}.")
+            chosen += named[0].trainable_variables if named else [q]
     unique = list({id(v): v for v in chosen}.values())  # a shared layer is listed once
     if not unique:
         raise ValueError("No trainable parameter is selected: are all layers frozen?")
+    bound = [v.path for v in unique if getattr(v, "constraint", None) is not None]
+    if bound:
+        warnings.warn(
+            f"{bound} have a constraint, which influence does not know: it takes theta as free.",
+            stacklevel=3,
+        )
     return unique
 
 

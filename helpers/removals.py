@@ -44,10 +44,21 @@ class Removals:
         self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])
         self.curvature *= head.weight[:, None, None]
         self._decay_theta = head.decay * self.theta
+        if objective.loss.counted is not None:
+            raise ValueError(
+                "The loss ignores some of the labels: leave those examples out of x and y, since "
+                "refits average over all."
+            )
         if head.c == 1:
             self._white = self.factor.whiten(head.phi.T)  # (p, n): L^-1 phi_i
             self._q = (self._white**2).sum(0)  # phi_i' K^-1 phi_i
             self._shift_i = gemm(self._white.T, self.factor.whiten(self._decay_theta))
+
+    @cached_property
+    def at_minimum(self):
+        """Whether theta minimises L: its gradient is below a tenth of one point's largest share."""
+        own = np.linalg.norm(self.head.phi, axis=1) * np.linalg.norm(self.residual, axis=1)
+        return 10 * np.linalg.norm(self.head.gradient(self.theta)) <= own.max() / self.head.n
 
     @property
     def leverage(self):
@@ -74,7 +85,8 @@ class Removals:
 
         K lacks 1/n of the weight decay that H has, so the two agree to a relative 1/n.
         """
-        return np.einsum("na,nab,nb->n", self.residual, self.own, self.residual)
+        residual = self.head.residuals(self.head.y, self.outputs)  # without the weights
+        return np.einsum("na,nab,nb->n", residual, self.own, residual)
 
     def left_out_losses(self):
         """Return the loss of each training point after a Newton step that leaves it out, (n,).
@@ -167,6 +179,12 @@ class Removals:
     def _keep(self, norms, tol):
         """Keep the gradient norms of refits, and warn of those above the tolerance."""
         self.gradient_norms = norms
+        if not self.at_minimum:
+            warnings.warn(
+                "theta is not where the training loss is smallest, so a refit also does the rest "
+                "of the training, whatever is left out: fit_head(objective) first.",
+                stacklevel=3,
+            )
         missed = int((norms > tol).sum())
         if missed:
             warnings.warn(

@@ -1,6 +1,7 @@
 """Can I trust this on my model? Predicted loss changes against what a removal really does.
 
-A convex head is refitted exactly. Any other model is *held near*: theta is moved to the minimum of
+A convex head at its minimum is refitted exactly. Any other model is *held near*: theta is moved to
+the minimum of
 
     L(t) - (1/n) (w_i loss_i(t) + (1/2) t . (decay * t)) - grad L(theta) . (t - theta)
          + (damping/2) ||t - theta||^2,
@@ -64,8 +65,8 @@ def validate(H, x_test, y_test, removals=20, *, damping="auto", solver=None, see
     top, rest = np.split(order, [-(-removals // 2)])
     random = np.random.default_rng(seed).choice(rest, removals - len(top), replace=False)
     rows, started = np.concatenate([top, random]), time.perf_counter()
-    if objective.head:
-        without = Removals(objective)
+    without = Removals(objective) if objective.head else None
+    if without and without.at_minimum:
         actual = without.loss_change(without.exact(rows), x_test, y_test)
     else:
         actual = _held_near(objective, rows, x_test, y_test, solution.damping)
@@ -104,7 +105,7 @@ def _held_near(objective, rows, x_test, y_test, damping):
         whole = summed_loss_and_gradient(objective).numpy().astype(np.float64) / n
         own = loss_and_gradient(objective, x, y, weight).numpy().astype(np.float64) / n
         value, gradient = whole[0] - own[0], whole[1:] - own[1:]
-        kept = (1 - 1 / n) * objective.decay * t
+        kept = (1 - share / n) * objective.decay * t
         value += kept @ t / 2 - slope @ away + damping / 2 * away @ away
         return value, gradient + kept - slope + damping * away
 
@@ -112,7 +113,8 @@ def _held_near(objective, rows, x_test, y_test, damping):
     options = {"maxiter": 200, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
     try:
         for row in tqdm(checks.rows(rows, n), "removals", unit="removal", leave=False):
-            point = objective.data.gather([row])
+            point, counted = objective.data.gather([row]), objective.loss.counted
+            share = 1.0 if counted is None else counted[row]
             found = scipy.optimize.minimize(target, theta, point, options=options, **how)
             objective.theta = found.x
             changes.append(objective.losses(x_test, y_test) - before)

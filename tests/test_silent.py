@@ -1,0 +1,359 @@
+"""Ordinary models, losses and data whose numbers could be wrong without a word."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from helpers import (
+    GaussNewton,
+    Objective,
+    Removals,
+    fit_head,
+    influence_wrt_input,
+    predicted_loss_change,
+    s_test,
+    self_influence,
+    validate,
+)
+from helpers.gradients import per_example_gradients
+
+layers, losses, ops = keras.layers, keras.losses, keras.ops
+RNG = np.random.default_rng(0)
+N = 20
+X, Y, T = RNG.normal(size=(N, 4)), RNG.integers(0, 3, N), RNG.normal(size=(N, 1))
+B = RNG.integers(0, 2, N).astype(float)
+SPARSE = losses.SparseCategoricalCrossentropy(from_logits=True)
+IN_ORDER = {"shuffled": B, "sorted": np.sort(B)}
+
+
+def network(*parts, shape=(4,), dtype=None):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input(shape, dtype=dtype), *parts])
+
+
+def mlp(outputs=3):
+    return network(layers.Dense(3, "tanh"), layers.Dense(outputs))
+
+
+class Own(keras.Model):
+    """A subclassed model: a normalisation that minds its batch, and a parameter beside."""
+
+    def __init__(self, normalised=False):
+        super().__init__()
+        self.inner, self.end = layers.Dense(3, "tanh"), layers.Dense(1)
+        self.normal = layers.BatchNormalization() if normalised else None
+        self.scale = self.add_weight(name="log_sigma", shape=(), initializer="zeros")
+
+    def call(self, x):
+        x = self.inner(x)
+        return self.end(self.normal(x, training=True) if self.normal else x)
+
+
+class OwnLoss(Own):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, y, y_pred, sample_weight) + ops.mean(y_pred**2)
+
+
+class OwnStep(Own):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def gradients_by_keras(model, loss, x, y):
+    """Return the gradient of each example's loss, one at a time through Keras, (n, p)."""
+    rows = []
+    for i in range(len(y)):
+        with tf.GradientTape() as tape:
+            value = tf.reduce_mean(loss(y[i : i + 1], model(x[i : i + 1], training=False)))
+        parts = tape.gradient(value, [v.value for v in model.trainable_variables])
+        rows.append(np.concatenate([np.ravel(part) for part in parts]))
+    return np.array(rows)
+
+
+COUPLED = {
+    "normalised by the batch": lambda: Own(normalised=True),
+    "a norm over everything": lambda: network(layers.Lambda(tf.nn.l2_normalize), layers.Dense(1)),
+    "less the batch's mean": lambda: network(
+        layers.Lambda(lambda t: t - ops.mean(t, 0, keepdims=True)), layers.Dense(1)
+    ),
+    "noise with a fixed seed": lambda: network(
+        layers.Lambda(lambda t: t + keras.random.normal(ops.shape(t), seed=7, dtype=t.dtype)),
+        layers.Dense(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COUPLED)
+def test_a_model_that_mixes_the_examples_of_a_batch_is_refused(kind):
+    with pytest.raises(ValueError, match="an example alone differently than among others"):
+        Objective(COUPLED[kind](), "mse", X, T, weight_decay=0.1)
+
+
+BLANK = X.copy()
+BLANK[:8] = 0
+ZERO = {"kernel_initializer": "zeros"}
+ENDS = {
+    "all logits zero": (lambda: [layers.Dense(2, "softmax", **ZERO)], X),
+    "a layer of its own": (lambda: [layers.Dense(2, **ZERO), layers.Softmax()], X),
+    "blank rows first": (lambda: [layers.Dense(2), layers.Lambda(tf.nn.softmax)], BLANK),
+}
+
+
+@pytest.mark.parametrize("loss", [losses.KLDivergence(), losses.CategoricalFocalCrossentropy()])
+@pytest.mark.parametrize("end", ENDS)
+def test_two_equal_logits_do_not_make_a_softmax_a_sigmoid(end, loss):
+    parts, x = ENDS[end]
+    model, y = network(*parts()), np.eye(2)[B.astype(int)]
+    objective = Objective(model, loss, x, y, weight_decay=0.0)
+    objective.theta = RNG.normal(size=objective.p)  # trained after it was bound
+    by_keras = gradients_by_keras(model, loss, x, y)
+    found = per_example_gradients(objective, x, y)
+    np.testing.assert_allclose(found, by_keras, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(objective.training_loss(), loss(y, model(x)), rtol=1e-6)
+
+
+def test_a_loss_that_minds_parameters_beside_the_predictions_is_refused():
+    model, own = mlp(1), Own()
+    own(X)
+
+    def penalised(y, p):
+        return (y - p) ** 2 + 0.3 * tf.reduce_sum(model.layers[0].kernel ** 2)
+
+    def learned_scale(y, p):
+        return 0.5 * (y - p) ** 2 * tf.exp(-2 * own.scale) + own.scale
+
+    for net, loss in ((model, penalised), (own, learned_scale)):
+        with pytest.raises(ValueError, match="not only through its predictions"):
+            Objective(net, loss, X, T, weight_decay=0.1)
+
+
+class Broadcast(losses.Loss):
+    def call(self, y, p):
+        return ops.mean(ops.square(y - p), axis=-1)
+
+
+def balanced(y, p):
+    share = ops.mean(y)
+    weight = ops.where(y == 1, 1 - share, share + 0.1)
+    return weight * losses.binary_crossentropy(y, p, from_logits=True)[:, None]
+
+
+@pytest.mark.parametrize("order", IN_ORDER)
+@pytest.mark.parametrize("loss", [Broadcast(), balanced])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_probes_look_at_all_the_data_and_not_at_the_first_rows(loss, order, streamed):
+    x, y = X, IN_ORDER[order]
+    if streamed:
+        x, y = tf.data.Dataset.from_tensor_slices((X, y)).batch(4), None
+    with pytest.raises(ValueError, match="Keras evaluates the loss of"):
+        Objective(mlp(1), loss, x, y, weight_decay=0.1)
+
+
+def test_blank_rows_first_hide_no_wrong_gradient():
+    i = keras.Input((4,))
+    tied = layers.Dense(3, "tanh", use_bias=False)
+    hidden = tied(i)
+    stopped = layers.Lambda(lambda t: tf.stop_gradient(t) ** 2)(hidden)
+    model = keras.Model(i, layers.Dense(1)(layers.Concatenate()([hidden, stopped])))
+    y = X[:, :1] + 1
+    with pytest.raises(ValueError, match="gradient of its own"):
+        s_test(Objective(model, "mse", BLANK, y, weight_decay=0.1), X[:1], y[:1], damping=1.0)
+    model = keras.Model(i, layers.Lambda(lambda t: t @ tf.transpose(tied.kernel))(hidden))
+    objective = Objective(model, "mse", BLANK, X, weight_decay=0.1)
+    found = per_example_gradients(objective, BLANK, X)
+    by_keras = gradients_by_keras(model, losses.MeanSquaredError(), BLANK, X)
+    np.testing.assert_allclose(found, by_keras, rtol=1e-6, atol=1e-9)
+
+
+class Batches(keras.utils.PyDataset):
+    """Two batches, the first of whole numbers."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, k):
+        whole = np.array([[1, 2, 3, 4], [0, 1, 0, 1]]), np.array([1, 2]), np.array([1, 1])
+        return whole if k == 0 else (X[:3], T[:3, 0], np.array([0.5, 0.25, 0.9]))
+
+
+@pytest.mark.parametrize("form", [lambda b: b, lambda b: [b[0], b[1]], lambda b: [*map(list, b)]])
+def test_the_types_of_the_first_batch_are_not_those_of_all(form):
+    x, y, weight = (np.concatenate(part) for part in zip(*Batches(), strict=True))
+    model = network(layers.Dense(1))
+    objective = Objective(model, "mse", form(Batches()), weight_decay=0.0)
+    expected = np.mean(weight * (np.ravel(model(x)) - y) ** 2)
+    np.testing.assert_allclose(objective.training_loss(), expected, rtol=1e-12)
+
+
+def test_batches_may_be_padded_to_lengths_of_their_own():
+    lengths = (3, 5)
+    parts = [(RNG.integers(1, 6, (2, t)), np.array([0, 1])) for t in lengths]
+    body = layers.Embedding(6, 2), layers.GlobalAveragePooling1D(), layers.Dense(2)
+    model = network(*body, shape=(None,), dtype="int32")
+    found = Objective(model, SPARSE, parts, weight_decay=0.0).training_loss()
+    expected = np.mean([float(SPARSE(y, model(x))) for x, y in parts])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_label_that_is_ignored_has_no_influence():
+    """Keras trains the same with such a row and without it."""
+    y = Y.copy()
+    y[:6] = -1
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    changes = []
+    for some in (slice(None), slice(6, None)):
+        model = network(layers.Dense(3, kernel_initializer="zeros"))
+        objective = Objective(model, loss, X[some], y[some], weight_decay=0.2, decayed="all")
+        fit_head(objective)
+        losses_of_keras = [float(loss(y[i : i + 1], model(X[i : i + 1]))) for i in (6, 7)]
+        unit = objective.losses(X[6:8], y[6:8]) / losses_of_keras
+        solution = s_test(objective, X[6:8], y[6:8])
+        changes.append(predicted_loss_change(objective, solution) / unit[:, None])
+        if some == slice(None):
+            with pytest.raises(ValueError, match="ignores some of the labels"):
+                Removals(objective)
+    np.testing.assert_allclose(changes[0][:, :6], 0, atol=1e-12)
+    np.testing.assert_allclose(changes[0][:, 6:], changes[1], rtol=1e-6)
+
+
+def test_a_short_sequence_takes_a_short_share_of_the_regulariser_along():
+    """Against the derivative of Keras's own training loss in the weight of one sequence."""
+    x = RNG.integers(1, 7, (N, 5))
+    for i in range(N):
+        x[i, 1 + i % 5 :] = 0
+    y = RNG.integers(0, 2, (N, 5))
+    body = layers.Embedding(7, 2, mask_zero=True), layers.Dense(2)
+    objective = Objective(network(*body, shape=(5,), dtype="int32"), SPARSE, x, y, weight_decay=0.1)
+    s, n = RNG.normal(size=(objective.p, 1)), (x > 0).sum(1)
+    found = predicted_loss_change(objective, s)[0]
+
+    def without(i, share):
+        """Return the gradient of the loss where sequence i has only a share of its weight."""
+        with tf.GradientTape() as tape:
+            out = objective.model(x)
+            each = losses.sparse_categorical_crossentropy(y, out, from_logits=True)
+            weight = np.where(np.arange(N) == i, share, 1.0)[:, None] * (x > 0)
+            value = tf.reduce_sum(each * weight) / weight.sum()
+        return objective.flatten(tape.gradient(value, objective.tensors)).numpy()
+
+    for i in (0, 4, 7):
+        slope = (without(i, 1 + 1e-6) - without(i, 1 - 1e-6)) / 2e-6
+        whole = without(i, 1.0) + objective.decay * objective.theta
+        # the derivative at the minimum, where the gradient of the data is minus the regulariser's
+        expected = s[:, 0] @ (slope + n[i] / n.sum() * whole)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
+
+
+def test_token_ids_that_are_floats_are_refused_and_not_given_zeros():
+    tokens, body = RNG.integers(0, 7, (N, 5)), (layers.Flatten(), layers.Dense(3))
+    model = network(layers.Embedding(7, 3), *body, shape=(5,), dtype="int32")
+    for kind in ("int32", "float64"):
+        objective = Objective(model, SPARSE, tokens.astype(kind), Y, weight_decay=0.1)
+        asked = tokens[:2].astype(kind), Y[:2]
+        s = s_test(objective, asked[0][:1], Y[:1], damping=1.0)
+        if kind == "int32":
+            assert influence_wrt_input(objective, s, *asked).shape == (2, 5, 3)
+        else:
+            with pytest.raises(ValueError, match="are floats, made integers"):
+                influence_wrt_input(objective, s, *asked)
+
+
+def test_a_head_that_is_not_at_its_minimum():
+    """Trained by Adam and not by `fit_head`: a refit also does the rest of the training."""
+    rng, n = np.random.default_rng(0), 200
+    x = rng.normal(size=(n, 6))
+    y = (x @ rng.normal(size=(6, 3)) + rng.normal(size=(n, 3))).argmax(1)
+    model = network(layers.Dense(8, "tanh"), layers.Dense(3), shape=(6,))
+    model.compile(keras.optimizers.Adam(0.01), SPARSE)
+    model.fit(x, y, epochs=30, verbose=0)
+    objective = Objective(model, SPARSE, x, y, weight_decay=1e-3, parameters="last_layer")
+    with pytest.warns(UserWarning, match=r"fit_head\(objective\) first"):
+        Removals(objective).exact([0])
+    found = validate(objective, x[:5] + 0.1, y[:5])
+    assert found.r > 0.9
+    fit_head(objective)
+    settled = Removals(objective)
+    assert settled.at_minimum
+    actual = settled.loss_change(settled.exact(found.rows), x[:5] + 0.1, y[:5])
+    assert np.corrcoef(found.actual.ravel(), actual.ravel())[0, 1] > 0.9
+
+
+def test_a_name_that_two_layers_have_names_neither():
+    left, right = (
+        keras.Sequential([keras.Input((4,)), layers.Dense(3, name="body")]) for _ in range(2)
+    )
+    i = keras.Input((4,))
+    model = keras.Model(i, layers.Dense(3)(layers.Concatenate()([left(i), right(i)])))
+    with pytest.raises(ValueError, match="2 layers are called body: pass variables"):
+        Objective(model, SPARSE, X, Y, parameters=["body"], weight_decay=0.1)
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, OwnStep])
+def test_a_loss_that_the_model_computes_itself_has_to_be_passed(kind):
+    model = kind()
+    model(X)
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="overrides compute_loss or train_step"):
+        Objective(model, None, X, T, weight_decay=0.1)
+    assert Objective(model, "mse", X, T, weight_decay=0.1).n == N
+
+
+def test_self_influence_from_the_removals_carries_no_weight():
+    weight = RNG.uniform(0.2, 2, N)
+    loss, model = losses.BinaryCrossentropy(from_logits=True), network(layers.Dense(1))
+    objective = Objective(model, loss, X, B, sample_weight=weight, weight_decay=0.1)
+    fit_head(objective)
+    ours, expected = Removals(objective).self_influence(), self_influence(objective, X, B)
+    np.testing.assert_allclose(ours, expected, rtol=3 / N)
+
+
+def test_self_influence_of_a_float32_network_is_that_in_float64():
+    """Features up to 1,000 and little damping: float32 has no digit left of H."""
+    rng, found = np.random.default_rng(0), []
+    x, y = rng.random((80, 6)) * [1, 10, 255, 1000, 1, 1], rng.integers(0, 3, 80)
+    keras.utils.set_random_seed(0)
+    weights = None
+    for policy in ("float32", "float64"):
+        before = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(3)])
+        finally:
+            keras.config.set_dtype_policy(before)
+        weights = weights or model.get_weights()
+        model.set_weights(weights)
+        bound = GaussNewton(Objective(model, SPARSE, x.astype(policy), y, weight_decay=1e-3))
+        found.append(self_influence(bound, x.astype(policy), y, damping=1e-4))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * found[1].max())
+
+
+def test_a_constraint_is_said():
+    model = network(layers.Dense(1, kernel_constraint="non_neg"))
+    with pytest.warns(UserWarning, match="takes theta as free"):
+        Objective(model, "mse", X, T, weight_decay=0.1)
+
+
+def test_a_dict_goes_by_names_into_a_model_that_lists_its_inputs():
+    b, a = keras.Input((2,), name="b"), keras.Input((3,), name="a")
+    model = keras.Model([b, a], layers.Dense(3)(layers.Concatenate()([layers.Dense(2)(b), a])))
+    model.compile("sgd", SPARSE)
+    x = {"a": X[:, :3], "b": X[:, 2:]}
+    found = Objective(model, None, x, Y, weight_decay=0.0).training_loss()
+    np.testing.assert_allclose(found, model.evaluate(x, Y, verbose=0), rtol=1e-6)
+
+
+def test_labels_and_rows_in_other_nestings():
+    i = keras.Input((4,))
+    model = keras.Model(i, {"out": layers.Dense(3, name="out")(i)})
+    data = tf.data.Dataset.from_tensor_slices((X, {"out": Y})).batch(4)
+    expected = Objective(model, SPARSE, X, Y, weight_decay=0.1)
+    for x, y in ((data, None), ([list(row) for row in X], Y)):
+        found = Objective(model, SPARSE, x, y, weight_decay=0.1).training_loss()
+        np.testing.assert_allclose(found, expected.training_loss(), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"several outputs, \['a', 'b'\]: bind one"):
+        Objective(model, SPARSE, X, {"a": Y, "b": Y}, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"theta has shape \(15,\), not \(3,\)"):
+        expected.theta = np.zeros(3)
+    two = Objective(network(layers.Dense(2)), "mse", X, X[:, :2], weight_decay=0.1)
+    assert s_test(two, X[:1].tolist(), [[0.1, 0.2]]).x.shape == (two.p, 1)
