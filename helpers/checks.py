@@ -111,11 +111,9 @@ def inputs(model, x, like=None):
 
 def _declared_like(x, declared):
     """Return the declared inputs in the order in which those of x are flattened."""
-    flat, named = (
-        keras.tree.flatten(declared),
-        isinstance(x, dict) and not isinstance(declared, dict),
-    )
-    return sorted(flat, key=lambda t: t.name) if named else flat
+    flat = keras.tree.flatten(declared)
+    by_name = isinstance(x, dict) and not isinstance(declared, dict)
+    return sorted(flat, key=lambda t: t.name) if by_name else flat
 
 
 def stateless(model):

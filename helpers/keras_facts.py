@@ -161,8 +161,9 @@ def last_activation(model, x):
         logits = logits_of(predictions)
         if logits is None:
             return predictions, predictions, predictions, False
-        slope = tf.gradients(predictions, logits, waves(predictions))[0]
-        return predictions, logits, slope, True
+        none = tf.UnconnectedGradients.ZERO
+        slopes = tf.gradients(predictions, logits, waves(predictions), unconnected_gradients=none)
+        return predictions, logits, slopes[0], True
 
     def waves(like):
         return tf.reshape(tf.sin(tf.range(tf.size(like), dtype=like.dtype)), tf.shape(like))
