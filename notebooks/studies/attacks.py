@@ -235,8 +235,8 @@ class Record:
     The file is runs/<profile>/11_<name>.json, and for a promotion in runs/<profile>/figures too. It
     begins as figures/<profile>/11_<name>.json, the committed one; where that is of another bed, or
     of other pictures (margins tell), this is said and it is not used. In `demo` there is none.
-    about : the bed and the rule; of its `targets` and `counts` there may have been others. targets :
-    {test picture: dict, with its clean `margin`}.
+    about : the bed and the rule; `targets` and `counts` in it may have been others. targets : {test
+    picture: dict, with its clean `margin`}.
     """
 
     def __init__(self, name, profile, about, attacker):
