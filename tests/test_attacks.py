@@ -298,8 +298,9 @@ def asked_for():
     for job in run.jobs_of("real", [path]):
         p = run.declared_parameters(nbformat.read(path, 4)) | job.parameters
         bed = {one.name: p[one.name] for one in beds if one.kind is one.POSITIONAL_OR_KEYWORD}
-        for size, *both in zip(p["sizes"], p["n_targets"], p["n_better"], strict=True):
-            for kind, counts in zip(("original", "better"), both, strict=True):
+        for size, asked in zip(p["sizes"], p["n_targets"], strict=True):
+            fewer = np.minimum(asked, (40, 12, 6)).tolist()
+            for kind, counts in (("original", asked), ("better", fewer)):
                 yield p, bed, f"{p['dataset']}_{size}_{kind}", kind, size, counts
         for change in p["changes"]:
             name = f"{p['dataset']}_{size}_changed_{next(iter(change.values()))}"
