@@ -53,7 +53,7 @@ class Batches:
             step = self.batch_size if _is_on_disk(values) else self.n
             for start in range(0, self.n, step):
                 checks.finite(values[start : start + step], "training examples", start)
-        self._few = _spread((x, y, weight))
+        self._few = spread((x, y, weight))
         if any(_is_on_disk(a) for a in keras.tree.flatten(x)):
             self._dataset = _stream(x, y, weight, self.batch_size).map(self._complete)
         else:
@@ -76,7 +76,7 @@ class Batches:
             total += checks.weights(weight[0] if weight else None, len(y), y, some=False).sum()
             first = checks.checksum((x, y, *weight), first)
             if len(sizes) % stride == 0:
-                few.append(_spread((x, y, *weight)))
+                few.append(spread((x, y, *weight)))
             if len(few) > 16:
                 few, stride = few[::2], 2 * stride
             sizes.append(len(y))
@@ -134,7 +134,7 @@ class Batches:
 
     def few(self, least=2):
         """Return (x, y, weight) of `least` to 8 examples, spread over all: data may be sorted."""
-        return self._complete(*_spread(self._few, max(least, self._most)))
+        return self._complete(*spread(self._few, max(least, self._most)))
 
     def of(self, x, y, weight=None, batch_size=None):
         """Yield (x, y, weight) tensors of other examples in batches; the last is smaller."""
@@ -258,8 +258,8 @@ def of_any_form(x, y):
     return x.map(lambda x, y, *weight: (x, one_array(y), *weight)) if nested else x, y
 
 
-def _spread(batch, k=8):
-    """Return k of the examples (x, y, weight) at most, the first and last among them, as arrays."""
+def spread(batch, k=8):
+    """Return at most k examples of a batch (x, y, ...), from the first to the last, as arrays."""
 
     def picked(a):
         return np.concatenate([np.asarray(a[i : i + 1]) for i in rows])  # `a` may lie on disk

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import keras_facts
+from .batches import spread
 from .linalg import gemm
 from .objective import compiled
 
@@ -127,9 +128,8 @@ def has_rows(objective):
 
 def _is_right(objective, x, directions, rows, k=4):
     """Return whether k of the rows, with weights of their own, sum to an ordinary gradient."""
-    some = np.unique(np.linspace(0, len(rows) - 1, k).astype(int))
-    weights, rows = np.sqrt(np.arange(1, 1 + len(some), dtype=rows.dtype)), rows[some]
-    x, directions = keras.tree.map_structure(lambda a: tf.gather(a, some), (x, directions))
+    x, directions, rows = spread((x, directions, rows), k)
+    weights = np.sqrt(np.arange(1, 1 + len(rows), dtype=rows.dtype))
     expected = _gradient_along(objective, x, directions * weights[:, None]).numpy()
     scale = np.finfo(rows.dtype).eps * (np.abs(rows).max(initial=0) + np.abs(expected).max())
     return bool(np.abs(weights @ rows - expected).max() <= 100 * scale)

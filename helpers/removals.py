@@ -34,6 +34,11 @@ class Removals:
 
     def __init__(self, objective):
         self.objective, self.head = objective, head_of(objective)
+        if objective.loss.counted is not None:
+            raise ValueError(
+                "The loss ignores some of the labels: leave those examples out of x and y, since "
+                "refits average over all."
+            )
         head, self.theta = self.head, objective.theta
         k = head.hessian(self.theta)
         k[np.diag_indices_from(k)] -= head.decay / head.n
@@ -44,11 +49,6 @@ class Removals:
         self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])
         self.curvature *= head.weight[:, None, None]
         self._decay_theta = head.decay * self.theta
-        if objective.loss.counted is not None:
-            raise ValueError(
-                "The loss ignores some of the labels: leave those examples out of x and y, since "
-                "refits average over all."
-            )
         if head.c == 1:
             self._white = self.factor.whiten(head.phi.T)  # (p, n): L^-1 phi_i
             self._q = (self._white**2).sum(0)  # phi_i' K^-1 phi_i
