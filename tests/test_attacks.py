@@ -303,8 +303,9 @@ def asked_for():
             for kind, counts in (("original", asked), ("better", fewer)):
                 yield p, bed, f"{p['dataset']}_{size}_{kind}", kind, size, counts
         for change in p["changes"]:
+            change = {"n_changed": p["n_changed"]} | change
+            counts = [change.pop("n_changed"), 0, 0]
             name = f"{p['dataset']}_{size}_changed_{next(iter(change.values()))}"
-            counts = [p["n_changed"], 0, 0]
             yield p, bed | change, name, "original", change.get("size", size), counts
 
 
