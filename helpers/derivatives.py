@@ -32,7 +32,7 @@ class Derivatives(NamedTuple):
 
 def warn_if_flat(objective):
     """Warn where the loss has no curvature, so that H is nothing but the weight decay."""
-    head = objective.head
+    head = objective.checked_head()
     if objective.derivatives.flat:
         where = "at any training example" if head else "at the first examples"
         warnings.warn(

@@ -44,12 +44,13 @@ class Fit(NamedTuple):
 
 def head_of(objective):
     """Return the objective's head; ValueError where its parameters are no last Dense layer."""
-    if objective.head is None:
+    head = objective.checked_head()
+    if head is None:
         raise ValueError(
             "Exact fits need a convex head: bind the objective with parameters='last_layer' to a "
             "Sequential or functional model whose last layer is Dense."
         )
-    return objective.head
+    return head
 
 
 def fit_head(objective, *, tol=1e-10, max_steps=100):

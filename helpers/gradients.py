@@ -71,8 +71,7 @@ def per_example_gradients(objective, x, y):
     Rows are in the model's dtype (float64 for a last Dense layer); m p numbers must fit.
     """
     x, y = objective.examples(x, y)
-    head = objective.head
-    if head:
+    if head := objective.checked_head():
         phi = head.features(x, y)
         return head.gradients(phi, head.residuals(y, head.outputs(phi, objective.theta)))
     batches = objective.data.of(x, y, batch_size=rows_at_once(objective))
@@ -235,9 +234,9 @@ def gradient_dots(objective, vectors):
 def blocks_of_dots(objective, vectors):
     """Yield `gradient_dots` in blocks (k, b) of consecutive examples."""
     vectors, data = np.asarray(vectors, np.float64), objective.data
-    if objective.head:
+    if head := objective.checked_head():
         theta = objective.theta
-        yield from (_head_dots(block, theta, vectors) for block in objective.head.blocks())
+        yield from (_head_dots(block, theta, vectors) for block in head.blocks())
         return
     columns = tf.constant(vectors, objective.dtype)
     if data.strategy is not None:

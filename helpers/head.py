@@ -34,10 +34,28 @@ class Head:
 
     def _hold(self):
         """Keep the features, labels and weights of all examples."""
-        parts = zip(*self._read(), strict=True)
+        self._seen, parts = self._below(), zip(*self._read(), strict=True)
         self.phi, self.y, self.weight = (np.concatenate(part) for part in parts)
         # made outside every graph, so that graphs capture and do not copy them
         self.tensors = tf.constant(self.phi), tf.constant(self.y), tf.constant(self.weight)
+
+    @keras_facts.traced
+    def _sums_below(self):
+        own = {id(v) for v in self.objective.variables}
+        below = [v for v in self.objective.model.weights if id(v) not in own]
+        return tf.stack([tf.reduce_sum(tf.cast(v, self.objective.dtype)) for v in below])
+
+    def _below(self):
+        """Return the sum of each variable that the features depend on."""
+        return np.zeros(0) if self._end.direct else self._sums_below().numpy()
+
+    def check_features(self):
+        """Raise ValueError where the layers below were changed since their features were kept."""
+        if not np.array_equal(self._seen, self._below(), equal_nan=True):
+            raise ValueError(
+                "The layers below the last were trained or loaded anew since this objective first "
+                "used their features: bind a new Objective."
+            )
 
     @classmethod
     def of(cls, objective):
@@ -238,6 +256,9 @@ class StreamedHead(Head):
 
     def _hold(self):
         """Keep no example: `blocks` reads them."""
+
+    def check_features(self):
+        """Do nothing: features are read anew each time."""
 
     def blocks(self):
         """Yield this head with the features, labels, weights and decay of each block in turn."""

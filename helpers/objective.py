@@ -250,10 +250,16 @@ class Objective:
     def head(self):
         """The closed forms of a last Dense layer (`helpers.head`), or None for other parameters.
 
-        The layers below are taken as they are at the first use. Data on disk whose features would
+        The layers below must stay as they are at the first use. Data on disk whose features would
         exceed the memory budget are read block by block (`head.StreamedHead`).
         """
         return None if self.derivatives.by_differences else self._closed_form
+
+    def checked_head(self):
+        """Return the head; ValueError where its features are no longer those of the model."""
+        if self.head:
+            self.head.check_features()
+        return self.head
 
     @cached_property
     def derivatives(self):
@@ -292,8 +298,8 @@ class Objective:
 
     def gradient(self):
         """Return the gradient of L at theta, regulariser included, (p,) float64."""
-        if self.head:
-            return self.head.gradient(self.theta)
+        if head := self.checked_head():
+            return head.gradient(self.theta)
         total = summed_loss_and_gradient(self).numpy().astype(np.float64)[1:]
         return total / self.n + self.decay * self.theta
 

@@ -14,6 +14,7 @@ from helpers import (
     predicted_loss_change,
     s_test,
     self_influence,
+    solve,
     validate,
 )
 from helpers.gradients import per_example_gradients
@@ -297,6 +298,36 @@ def test_a_loss_that_the_model_computes_itself_has_to_be_passed(kind):
     with pytest.raises(ValueError, match="overrides compute_loss or train_step"):
         Objective(model, None, X, T, weight_decay=0.1)
     assert Objective(model, "mse", X, T, weight_decay=0.1).n == N
+
+
+def test_features_of_layers_that_were_changed_are_not_used():
+    """As over checkpoints: weights are loaded anew below a head that was used before."""
+    model = mlp(1)
+    loss = losses.BinaryCrossentropy(from_logits=True)
+
+    def bound():
+        return Objective(model, loss, X, B, weight_decay=0.1, parameters="last_layer")
+
+    before = bound()
+    fit_head(before)  # the head's own parameters may move
+    s = s_test(before, X[:2], B[:2])
+    predicted_loss_change(before, s)
+    model.layers[0].kernel.assign(model.layers[0].kernel * 1.01)
+    uses = [
+        fit_head,
+        Removals,
+        Objective.gradient,
+        lambda o: s_test(o, X[:2], B[:2]),
+        lambda o: solve(o, s.x),
+        lambda o: self_influence(o, X[:2], B[:2]),
+        lambda o: predicted_loss_change(o, s.x),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="trained or loaded anew .* bind a new Objective"):
+            use(before)
+    after = bound()
+    for use in uses:
+        use(after)
 
 
 def test_self_influence_from_the_removals_carries_no_weight():
