@@ -323,7 +323,7 @@ def test_features_of_layers_that_were_changed_are_not_used():
         lambda o: predicted_loss_change(o, s.x),
     ]
     for use in uses:
-        with pytest.raises(ValueError, match="trained or loaded anew .* bind a new Objective"):
+        with pytest.raises(ValueError, match=r"trained or loaded anew .* bind a new Objective"):
             use(before)
     after = bound()
     for use in uses:
