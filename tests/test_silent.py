@@ -330,6 +330,19 @@ def test_features_of_layers_that_were_changed_are_not_used():
         use(after)
 
 
+def test_features_that_depend_on_no_parameter():
+    model = network(layers.Flatten(), layers.Dense(1), shape=(2, 2))
+    loss = losses.BinaryCrossentropy(from_logits=True)
+    flat = network(layers.Dense(1))
+    flat.set_weights(model.get_weights())
+    changes = []
+    for each, x in ((model, X.reshape(-1, 2, 2)), (flat, X)):
+        objective = Objective(each, loss, x, B, weight_decay=0.1)
+        fit_head(objective)
+        changes.append(predicted_loss_change(objective, s_test(objective, x[:2], B[:2])))
+    np.testing.assert_allclose(*changes, rtol=1e-4, atol=1e-8)
+
+
 def test_self_influence_from_the_removals_carries_no_weight():
     weight = RNG.uniform(0.2, 2, N)
     loss, model = losses.BinaryCrossentropy(from_logits=True), network(layers.Dense(1))
