@@ -43,8 +43,7 @@ class Head:
     def _sums_below(self):
         own = {id(v) for v in self.objective.variables}
         below = [v for v in self.objective.model.weights if id(v) not in own]
-        sums = [tf.reduce_sum(tf.cast(v, self.objective.dtype)) for v in below]
-        return tf.stack(sums) if sums else tf.zeros(0)
+        return tf.stack([tf.reduce_sum(tf.cast(v, self.objective.dtype)) for v in below])
 
     def _below(self):
         """Return the sum of each variable that the features depend on."""
