@@ -181,14 +181,14 @@ class Batches:
 
         return tf.while_loop(lambda start, total: start < n, add, (0, zeros))[1]
 
-    def over_replicas(self, function, copies):
+    def over_replicas(self, function):
         """Return rows function(*batch) (b, k) of every replica's share, in the examples' order.
 
         Under a strategy, to be called inside a `tf.function`.
         """
 
         def of_a_share(*share):
-            n, step = share[1].shape[0], self.rows_for(copies)
+            n, step = share[1].shape[0], self.batch_size
             parts = tf.TensorArray(self.dtype, -(-n // step), element_shape=(None, None))
 
             def one(i, parts):

@@ -7,6 +7,8 @@ attention, shared variables), an example at a time: in one batched graph where a
 to survive `tf.vectorized_map`, else in a loop. All of them give the same numbers.
 """
 
+from functools import partial
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -48,21 +50,28 @@ def along(objective, vector, function):
 
 
 def map_rows(objective, function, rows):
-    """Apply function to every row: in one batched graph where the layers allow it, else a loop."""
+    """Apply function to every row in a loop of the graph; differences move theta meanwhile."""
     if rows.shape[0] == 1:
         return function(rows[0])[None]
-    if is_vectorisable(objective):
-        return tf.vectorized_map(function, rows)
-    return tf.map_fn(function, rows, parallel_iterations=1)  # differences move theta meanwhile
+    return tf.map_fn(function, rows, parallel_iterations=1 if by_differences(objective) else 2)
 
 
-def sum_of_products(gradient, parts):
-    """Return gradient . parts of two lists of tensors; a missing gradient counts as zero."""
-    pairs = zip(gradient, parts, strict=True)
-    # embeddings have IndexedSlices for gradients
-    terms = [tf.reduce_sum(tf.convert_to_tensor(g) * v) for g, v in pairs if g is not None]
-    dtype = max((v.dtype for v in parts), key=lambda dtype: dtype.size)
-    return tf.add_n([tf.cast(t, dtype) for t in terms]) if terms else tf.zeros((), dtype)
+def recorded_gradient(tape, value, tensors, direction=None):
+    """Return the gradient of a value as tensors (embeddings have IndexedSlices), None for zero."""
+    gradient = tape.gradient(value, tensors, direction)
+    return [g if g is None else tf.convert_to_tensor(g) for g in gradient]
+
+
+def second_derivative(tape, gradient, parts, sources):
+    """Return the derivative of gradient . parts in the sources, None or zero where it has none.
+
+    tape : what has recorded `recorded_gradient`. It does so once for all vectors.
+    """
+    pairs = [(g, v) for g, v in zip(gradient, parts, strict=True) if g is not None]
+    if not pairs:
+        return [None] * len(sources)
+    targets, directions = map(list, zip(*pairs, strict=True))
+    return tape.gradient(targets, sources, directions)
 
 
 def per_example_gradients(objective, x, y):
@@ -246,9 +255,7 @@ def blocks_of_dots(objective, vectors):
     # rows are p numbers an example to write; each column without them is a pass through the layers
     dear = 8 * itemsize * objective.p / max(1, data.bytes_an_example)
     many = has_rows(objective) and k > min(64, dear)
-    rows = (
-        rows_at_once(objective) if many else data.rows_for(k if is_vectorisable(objective) else 1)
-    )
+    rows = rows_at_once(objective) if many else data.batch_size
     for x, y, weight in data.each(rows):
         if many:
             gradients = _loss_gradients(objective, x, y)
@@ -279,21 +286,23 @@ def _dots_of_shares(objective, columns):
     def one_batch(x, y, weight):
         return tf.transpose(_double_vjp_dots.graph(objective, x, y, weight, columns))
 
-    copies = columns.shape[1] if is_vectorisable(objective) else 1
-    return objective.data.over_replicas(one_batch, copies)
+    return objective.data.over_replicas(one_batch)
 
 
 @compiled
 def _double_vjp_dots(objective, x, y, weight, vectors):
-    def one_vector(vector):
-        if by_differences(objective):
-            return weight * along(objective, vector, lambda: objective.loss(x, y))
-        parts = objective.unflatten(vector)
-        with tf.GradientTape() as outer:
-            outer.watch(weight)
-            with tf.GradientTape() as inner:
-                loss = tf.tensordot(weight, objective.loss(x, y), 1)
-            dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
-        return outer.gradient(dot, weight) * weight
+    columns = tf.transpose(vectors)
+    if by_differences(objective):
+        losses = partial(objective.loss, x, y)
+        return map_rows(objective, lambda v: weight * along(objective, v, losses), columns)
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(weight)
+        with tf.GradientTape() as inner:
+            loss = tf.tensordot(weight, objective.loss(x, y), 1)
+        gradient = recorded_gradient(inner, loss, objective.tensors)
 
-    return map_rows(objective, one_vector, tf.transpose(vectors))
+    def one_vector(vector):
+        parts = objective.unflatten(vector)
+        return second_derivative(outer, gradient, parts, [weight])[0] * weight
+
+    return map_rows(objective, one_vector, columns)

@@ -151,25 +151,29 @@ class Head:
 
     @keras_facts.traced
     def _residuals(self, y, outputs):
+        return self._slopes(y, outputs)
+
+    def _slopes(self, y, outputs):
+        """Return r (m, C); no graph of its own, which would be traced once more a derivative."""
         with tf.GradientTape() as tape:
             tape.watch(outputs)
-            losses = self._losses(y, outputs)
+            losses = self.losses_in_graph(y, outputs)
         return tape.gradient(losses, outputs)
 
     @keras_facts.traced
     def tf_curvatures(self, y, outputs):
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             tape.watch(outputs)
-            slope = self._residuals(y, outputs)
+            slope = self._slopes(y, outputs)
         none = tf.UnconnectedGradients.ZERO  # of a loss that is linear in pieces
-        return tape.batch_jacobian(slope, outputs, none)
+        return tape.batch_jacobian(slope, outputs, none, experimental_use_pfor=False)
 
     @keras_facts.traced
     def bend(self, y, outputs, u):
         """Return A_i u_i (m, C) for u (m, C) as a tensor, without any A."""
         with tf.GradientTape() as tape:
             tape.watch(outputs)
-            dot = tf.reduce_sum(self._residuals(y, outputs) * u)
+            dot = tf.reduce_sum(self._slopes(y, outputs) * u)
         return tape.gradient(dot, outputs, None, tf.UnconnectedGradients.ZERO)
 
     def curvatures_in_parts(self, theta):

@@ -19,11 +19,11 @@ from .gradients import (
     along,
     by_differences,
     has_rows,
-    is_vectorisable,
     map_rows,
     pulled,
+    recorded_gradient,
     rows_at_once,
-    sum_of_products,
+    second_derivative,
 )
 from .objective import Objective, compiled, loss_and_gradient
 
@@ -208,18 +208,24 @@ def _head_product(objective, rows=None):
 def _hvp(objective, vectors, rows=None, first=0, last=None):
     """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
 
-    def one_vector(x, y, weight, vector):
+    def by_column(x, y, weight):
         if by_differences(objective):
             slope = partial(loss_and_gradient.graph, objective, x, y, weight)
-            return along(objective, vector, slope)[1:]
-        parts, tensors = objective.unflatten(vector)[first:last], objective.tensors
-        with tf.GradientTape() as outer:
+            return lambda vector: along(objective, vector, slope)[1:]
+        tensors = objective.tensors
+        with tf.GradientTape(persistent=True) as outer:
             with tf.GradientTape() as inner:
                 loss = tf.tensordot(weight, objective.loss(x, y), 1)
-            dot = sum_of_products(inner.gradient(loss, tensors[first:last]), parts)
-        return objective.flatten([None] * first + outer.gradient(dot, tensors[first:]))
+            gradient = recorded_gradient(inner, loss, tensors[first:last])
 
-    return _regularised(objective, vectors, one_vector, rows)
+        def one_vector(vector):
+            parts = objective.unflatten(vector)[first:last]
+            bent = second_derivative(outer, gradient, parts, tensors[first:])
+            return objective.flatten([None] * first + bent)
+
+        return one_vector
+
+    return _regularised(objective, vectors, by_column, rows)
 
 
 _some_columns = compiled(lambda o, vectors, first, last: _hvp(o, vectors, None, first, last))
@@ -233,42 +239,48 @@ def _gnvp(objective, vectors, rows=None):
             loss = tf.tensordot(weight, losses, 1)
         return tape.gradient(loss, outputs)
 
-    def one_vector(x, y, weight, vector):
+    def by_column(x, y, weight):
         with tf.GradientTape(persistent=True) as tape:
             outputs = objective.loss.outputs(x)
-        mask = keras_facts.mask_of(outputs)
-        if by_differences(objective):
+        mask, tensors = keras_facts.mask_of(outputs), objective.tensors
+
+        def differences(vector):
             moved = along(objective, vector, lambda: objective.loss.outputs(x))  # J v
             h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
             ends = [slope(y, weight, outputs + s * h * moved, mask) for s in (1, -1)]
             bent = (ends[0] - ends[1]) / (2 * h)
-        else:
-            with tf.GradientTape() as linear:
-                dummy = tf.ones_like(outputs)
-                linear.watch(dummy)
-                back = tape.gradient(outputs, objective.tensors, output_gradients=dummy)
-                dot = sum_of_products(back, objective.unflatten(vector))
-            moved = linear.gradient(dot, dummy)  # J v, by differentiating u -> (J' u) . v
-            with tf.GradientTape() as outer:
-                outer.watch(outputs)
-                dot = tf.reduce_sum(slope(y, weight, outputs, mask) * tf.stop_gradient(moved))
-            bent = outer.gradient(dot, outputs, None, tf.UnconnectedGradients.ZERO)  # A J v
-        return objective.flatten(tape.gradient(outputs, objective.tensors, output_gradients=bent))
+            return objective.flatten(tape.gradient(outputs, tensors, bent))
 
-    return _regularised(objective, vectors, one_vector, rows)
+        if by_differences(objective):
+            return differences
+        dummy = tf.ones_like(outputs)
+        with tf.GradientTape(persistent=True) as linear:
+            linear.watch(dummy)
+            back = recorded_gradient(tape, outputs, tensors, dummy)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(outputs)
+            steep = slope(y, weight, outputs, mask)
+
+        def one_vector(vector):
+            parts = objective.unflatten(vector)
+            (moved,) = second_derivative(linear, back, parts, [dummy])  # J v, of u -> (J' u) . v
+            bent = outer.gradient(steep, outputs, moved, tf.UnconnectedGradients.ZERO)  # A J v
+            return objective.flatten(tape.gradient(outputs, tensors, bent))
+
+        return one_vector
+
+    return _regularised(objective, vectors, by_column, rows)
 
 
-def _regularised(objective, vectors, one_vector, rows):
-    """Return the batch sums of `one_vector` over n, for every column, plus decay * V."""
+def _regularised(objective, vectors, by_column, rows):
+    """Return the batch sums of by_column(x, y, weight)(v) over n, plus decay v, for all columns."""
     columns, data = tf.transpose(vectors), objective.data
 
-    def one_batch(x, y, weight):
-        return map_rows(objective, lambda v: one_vector(x, y, weight, v), columns)
+    def one_batch(*batch):
+        return map_rows(objective, by_column(*batch), columns)
 
     if rows is None:
-        # the number of columns is unknown where a graph serves several; 64 is what callers send
-        copies = (columns.shape[0] or 64) if is_vectorisable(objective) else 1
-        total = data.accumulate(one_batch, tf.zeros_like(columns), copies) / data.n
+        total = data.accumulate(one_batch, tf.zeros_like(columns)) / data.n
     else:
         total = one_batch(*data.gather(rows)) / tf.cast(tf.shape(rows)[0], vectors.dtype)
     decay = tf.constant(objective.decay[:, None], objective.dtype)
@@ -291,14 +303,14 @@ def output_factors(objective, x, y):
     outputs = objective.loss.outputs(x)
     shape, mask = tf.shape(outputs), keras_facts.mask_of(outputs)
     flat = tf.reshape(outputs, (shape[0], -1))
-    with tf.GradientTape() as outer:
+    with tf.GradientTape(persistent=True) as outer:
         outer.watch(flat)
         with tf.GradientTape() as inner:
             inner.watch(flat)
             again = keras_facts.with_mask(tf.reshape(flat, shape), mask)
             losses = objective.loss.of_outputs(y, again)
         slope = inner.gradient(losses, flat)
-    a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO)
+    a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO, experimental_use_pfor=False)
     values, vectors = tf.linalg.eigh(a)
     rounding = 10 * np.finfo(objective.dtype).eps * tf.reduce_max(tf.abs(values), 1, True)
     values = tf.where(tf.abs(values) > rounding, values, 0)

@@ -13,7 +13,14 @@ import numpy as np
 import tensorflow as tf
 
 from . import checks, derivatives, keras_facts
-from .gradients import along, blocks_of_dots, by_differences, per_example_gradients, sum_of_products
+from .gradients import (
+    along,
+    blocks_of_dots,
+    by_differences,
+    per_example_gradients,
+    recorded_gradient,
+    second_derivative,
+)
 from .hessian import as_operator
 from .linalg import Factor, damped
 from .objective import compiled
@@ -205,13 +212,13 @@ def _input_gradients(objective, s, x, y):
         outer.watch(real)
         with tf.GradientTape() as inner, keras_facts.tapped(embeddings, seen):
             loss = tf.reduce_sum(objective.loss(x, y))
-        dot = sum_of_products(inner.gradient(loss, objective.tensors), parts)
+        gradient = recorded_gradient(inner, loss, objective.tensors)
     if len(inputs) - len(real) == len(embeddings) == 1:
         *more, (_, _, embedded) = seen[embeddings[0]]
         if more:
             raise ValueError("The Embedding is called more than once: no one output is its own.")
         real = [a if a.dtype.is_floating else embedded for a in inputs]
-    return outer.gradient(dot, real)
+    return second_derivative(outer, gradient, parts, real)
 
 
 def _slope_of_input(objective, x, y, one):
