@@ -26,11 +26,6 @@ def by_differences(objective):
     return "derivatives" in objective.__dict__ and objective.derivatives.by_differences
 
 
-def is_vectorisable(objective):
-    """Return whether many columns, or many examples, go through one batched graph."""
-    return not by_differences(objective) and keras_facts.is_vectorisable(objective.model)
-
-
 def along(objective, vector, function):
     """Return the derivative of function(), a tensor, as theta moves along `vector` (p,).
 
@@ -51,8 +46,6 @@ def along(objective, vector, function):
 
 def map_rows(objective, function, rows):
     """Apply function to every row in a loop of the graph; differences move theta meanwhile."""
-    if rows.shape[0] == 1:
-        return function(rows[0])[None]
     return tf.map_fn(function, rows, parallel_iterations=1 if by_differences(objective) else 2)
 
 
@@ -131,7 +124,7 @@ def _layers(objective):
 def has_rows(objective):
     """Return whether the gradients of many examples are cheap: not one pass for each of them."""
     known = objective.compiled.get(LAYERS, _layers(objective) is not None)
-    return bool(known) or is_vectorisable(objective)
+    return bool(known) or keras_facts.is_vectorisable(objective.model)
 
 
 def _is_right(objective, x, directions, rows, k=4):
@@ -208,7 +201,7 @@ def _example_gradients(objective, x, directions):
     def one_example(example):
         return _gradient_along(objective, *keras.tree.map_structure(lambda a: a[None], example))
 
-    if is_vectorisable(objective):
+    if keras_facts.is_vectorisable(objective.model):
         return tf.vectorized_map(one_example, (x, directions))
     return tf.map_fn(one_example, (x, directions), fn_output_signature=objective.dtype)
 

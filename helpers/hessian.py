@@ -50,14 +50,16 @@ class Symmetric(LinearOperator):
 
     @property
     def damped(self):
-        """The graph (V, damping) -> (H + damping I) V on float64 tensors (p, k)."""
+        """The graph (V, damping) -> (H + damping I) V on float64 tensors (p, k), one for any k."""
 
         precision = self.precision  # which builds what can not be built inside a graph
+        takes = tf.TensorSpec((self.shape[0], None), tf.float64), tf.TensorSpec((), tf.float64)
 
         def matvec(v, damping):
             return tf.cast(self.product()(tf.cast(v, precision)), tf.float64) + damping * v
 
-        return self.compiled.setdefault("damped", keras_facts.traced(matvec))
+        graph = keras_facts.traced(matvec, input_signature=takes)
+        return self.compiled.setdefault("damped", graph)
 
     def _matmat(self, vectors):
         return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()

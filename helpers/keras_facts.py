@@ -308,7 +308,7 @@ def leaves(model):
 
 
 def is_known(layer):
-    """Return whether a layer is known to survive `tf.vectorized_map`, twice differentiated."""
+    """Return whether a layer is known to survive `tf.vectorized_map`, differentiated."""
     plain = not getattr(layer, "lora_enabled", False) and getattr(layer, "groups", 1) == 1
     channels_last = getattr(layer, "data_format", "channels_last") == "channels_last"
     return type(layer).__name__ in VECTORISABLE and plain and channels_last

@@ -187,7 +187,7 @@ def test_vectorised_and_looped_paths_agree(network, monkeypatch):
     expected = Hessian(objective) @ v, per_example_gradients(objective, x, y)
     other = Objective(objective.model, SOFTMAX, x, y, weight_decay=0.05)
     monkeypatch.setattr(keras_facts, "VECTORISABLE", set())
-    assert not gradients.is_vectorisable(other)
+    assert not keras_facts.is_vectorisable(other.model)
     np.testing.assert_allclose(Hessian(other) @ v, expected[0], atol=1e-13)
     np.testing.assert_allclose(per_example_gradients(other, x, y), expected[1], atol=1e-13)
 
