@@ -5,7 +5,6 @@ BIN := .venv/bin
 SHELL := /bin/bash
 
 # A relative THESIS_DATA or KERAS_HOME counts from here; JOBS is how many notebooks run at once.
-export THESIS_DATA KERAS_HOME
 PROFILE ?= demo
 TEST := THESIS_DERIVED=runs/test/derived $(BIN)/python -m pytest --nbval
 RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $(JOBS))
