@@ -31,8 +31,15 @@ class Derivatives(NamedTuple):
 
 
 def warn_if_flat(objective):
-    """Warn where the loss has no curvature, so that H is nothing but the weight decay."""
+    """Warn where the loss has no curvature, so that H is nothing but the weight decay.
+
+    And where the probe could not tell whether the second derivatives are right.
+    """
     head = objective.checked_head()
+    if objective.derivatives.words == UNCLEAR:
+        warnings.warn(
+            f"Second {UNCLEAR}. They would if all layers computed in float64.", stacklevel=3
+        )
     if objective.derivatives.flat:
         where = "at any training example" if head else "at the first examples"
         warnings.warn(
@@ -54,7 +61,10 @@ class _Probe(NamedTuple):
     v: np.ndarray
 
 
+UNCLEAR = "derivatives not checked: differences do not tell"
 STEPS = {"float64": (1e-5, 1e-7, 1e-9), "float32": (3e-2, 1e-2, 3e-3)}
+WRONG = "gradient", "curvature", "rounded"
+MISSING = LookupError, NotImplementedError, tf.errors.NotFoundError, tf.errors.UnimplementedError
 AGREE = {"float64": 1e-3, "float32": 5e-2}
 
 
@@ -87,11 +97,16 @@ def probe(objective, head):
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
         coarsest = min(v.dtype for v in o.variables)
         verdict, flat = _verdict(_of_parameters(o, x, y, rng), coarsest)
-        what = _culprit(o, x, y, rng) if verdict in ("gradient", "curvature") else ""
+        what = _culprit(o, x, y, rng) if verdict in WRONG else ""
     if verdict == "gradient":
         raise ValueError(
             f"The gradient is not the derivative of the loss, as differences show: {what} has a "
             "gradient of its own (stop_gradient, custom_gradient?). Influence would be wrong."
+        )
+    if verdict == "rounded":
+        raise ValueError(
+            f"TensorFlow has no second derivative of {what}, and its gradient is rounded too much "
+            "to take differences of it. Does it compute in float32?"
         )
     if verdict == "curvature":
         if objective.dtype != "float64":
@@ -103,7 +118,7 @@ def probe(objective, head):
         words = f"second derivatives by central differences of gradients, because of {what}"
         return Derivatives(True, True, False, words)
     if verdict == "unclear":
-        return Derivatives(False, False, flat, "derivatives not checked: differences do not tell")
+        return Derivatives(False, False, flat, UNCLEAR)
     return Derivatives(True, False, flat, f"derivatives checked on {len(y)} examples")
 
 
@@ -115,7 +130,7 @@ def _verdict(probe, dtype):
     tol, product = AGREE[dtype], None
     try:
         value, gradient, product = probe.product()
-    except LookupError:  # an operation without a registered second derivative
+    except MISSING:  # an operation without a second derivative
         value, gradient = probe.at(0.0)
     along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
     faint = 10 * np.finfo(dtype).eps * np.linalg.norm(gradient) / STEPS[dtype][0]
@@ -134,7 +149,8 @@ def _verdict(probe, dtype):
             return "right", not product.any()
     if not right:
         settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])
-        return "gradient" if settled else "unclear", False
+        rounded = "rounded" if product is None else "unclear"
+        return "gradient" if settled else rounded, False
     settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(product, bends[-1])
     return "curvature" if settled and dtype == "float64" else "unclear", False
 
@@ -230,9 +246,8 @@ def _culprit(objective, x, y, rng):
         o = keras_facts.with_mask(tf.cast(o, objective.dtype), mask)
         return tf.cast(tf.reduce_sum(objective.loss.of_outputs(y, o)), tf.float64)
 
-    wrong = "gradient", "curvature"
     probe = _of_tensor(loss, np.asarray(outputs, np.float64), rng)
-    if _verdict(probe, objective.dtype)[0] in wrong:
+    if _verdict(probe, objective.dtype)[0] in WRONG:
         return f"the loss {objective.loss.name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
@@ -253,6 +268,6 @@ def _culprit(objective, x, y, rng):
             found, _ = _verdict(probe, objective.dtype)
         except (TypeError, ValueError, tf.errors.OpError):
             continue
-        if found in wrong:
+        if found in WRONG:
             names.append(layer.name)
     return f"layer {', '.join(names)}" if names else "some part of the model"

@@ -30,12 +30,18 @@ def along(objective, vector, function):
     """Return the derivative of function(), a tensor, as theta moves along `vector` (p,).
 
     By central differences in float64, to be called inside a `tf.function`: where a second
-    derivative can not be had, the difference of exact first ones is right to about 1e-8.
+    derivative can not be had, the difference of exact first ones is right to about 1e-8. The step
+    moves no variable by more than 1e-5 of its size, since each may have a scale of its own; a bias
+    is taken to be of size one at least, and a kernel of zeros too.
     """
-    old = [tf.identity(t) for t in objective.tensors]
-    size = tf.sqrt(tf.add_n([tf.reduce_sum(t**2) for t in old]))
-    h = 1e-5 * tf.maximum(size, 1) / tf.maximum(tf.norm(vector), 1e-300)
-    step, ends = objective.unflatten(vector), []
+
+    def size(t):
+        norm = tf.norm(t)
+        return tf.where(norm > 0, norm, 1) if len(t.shape) > 1 else tf.maximum(norm, 1)
+
+    old, step, ends = [tf.identity(t) for t in objective.tensors], objective.unflatten(vector), []
+    moved = [tf.norm(v) / size(t) for t, v in zip(old, step, strict=True)]
+    h = 1e-5 / tf.maximum(tf.reduce_max(moved), 1e-300)
     for sign in (1, -1):
         objective.move([t + sign * h * v for t, v in zip(old, step, strict=True)])
         ends.append(function())
@@ -295,7 +301,7 @@ def _double_vjp_dots(objective, x, y, weight, vectors):
         gradient = recorded_gradient(inner, loss, objective.tensors)
 
     def one_vector(vector):
-        parts = objective.unflatten(vector)
-        return second_derivative(outer, gradient, parts, [weight])[0] * weight
+        (bent,) = second_derivative(outer, gradient, objective.unflatten(vector), [weight])
+        return tf.zeros_like(weight) if bent is None else bent * weight
 
     return map_rows(objective, one_vector, columns)

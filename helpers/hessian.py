@@ -62,6 +62,8 @@ class Symmetric(LinearOperator):
         return self.compiled.setdefault("damped", graph)
 
     def _matmat(self, vectors):
+        if np.iscomplexobj(vectors):
+            return self._matmat(vectors.real) + 1j * self._matmat(vectors.imag)
         return self.damped(tf.constant(vectors, tf.float64), tf.zeros((), tf.float64)).numpy()
 
     def _adjoint(self):
@@ -96,6 +98,10 @@ class Hessian(Symmetric):
         self.objective, self.compiled = objective, objective.compiled.setdefault(type(self), {})
         super().__init__(objective.p)
 
+    def _matmat(self, vectors):
+        self.objective.checked_head()
+        return super()._matmat(vectors)
+
     @property
     def precision(self):
         return "float64" if self.objective.head else self.objective.dtype
@@ -117,8 +123,8 @@ class Hessian(Symmetric):
         network's columns, is never taken back through the first ones.
         """
         objective = self.objective
-        if objective.head:
-            return objective.head.hessian(objective.theta)
+        if head := objective.checked_head():
+            return head.hessian(objective.theta)
         ends = np.cumsum([0, *objective.sizes])
         kernels = [k for k, v in enumerate(objective.variables) if k == 0 or len(v.shape) > 1]
         h = np.zeros((objective.p, objective.p))
@@ -152,8 +158,8 @@ class GaussNewton(Hessian):
         parameters (images), a product for every column, p passes, is cheaper.
         """
         objective = self.objective
-        if objective.head:
-            return objective.head.hessian(objective.theta)
+        if head := objective.checked_head():
+            return head.hessian(objective.theta)
         total = np.zeros((objective.p, objective.p))
         if objective.loss.width > objective.p or not has_rows(objective):
             for columns, identity in _identity(objective, range(objective.p)):

@@ -120,12 +120,17 @@ def _exactly(call):
 def predict(model, x):
     """Return a model's predictions of a batch, (b, ...), with what Keras hangs on them."""
     with exact_derivatives():
-        predictions = keras.tree.flatten(model(x, training=False))
-    if len(predictions) > 1:
+        return one_output(model(x, training=False))[0]
+
+
+def one_output(outputs):
+    """Return outputs as a list; ValueError for more than one."""
+    outputs = keras.tree.flatten(outputs)
+    if len(outputs) > 1:
         raise ValueError(
             "The model has several outputs. Bind one: keras.Model(model.inputs, model.outputs[0])."
         )
-    return predictions[0]
+    return outputs
 
 
 def mask_of(tensor):

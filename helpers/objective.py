@@ -97,6 +97,7 @@ class Objective:
         memory_budget=2**30,
         strategy=None,
     ):
+        keras_facts.one_output(getattr(model, "outputs", ()))
         self.model = model
         self.compiled = {}  # one tf.function a kind of product, freed with the objective
         x, y = of_any_form(x, y)
@@ -118,7 +119,7 @@ class Objective:
         predictions = keras_facts.predict(model, first)  # builds a model that was not called yet
         self.variables = theta_of.selected(model, parameters, first)
         self.dtype = theta_of.common_dtype(model, self.variables)
-        self.decay = theta_of.decay(model, self.variables, weight_decay, decayed)
+        self._decay = theta_of.decay(model, self.variables, weight_decay, decayed)
         self.loss = ExampleLoss(model, loss, labels, predictions, self.dtype)
         self.data = Batches(
             x,
@@ -141,6 +142,11 @@ class Objective:
     @property
     def n(self):
         return self.data.n
+
+    @property
+    def decay(self):
+        """The weight decay of each parameter, (p,): another one takes a new Objective."""
+        return self._decay
 
     @property
     def p(self):

@@ -131,6 +131,8 @@ class Solution(NamedTuple):
 
 def columns_of(b):
     """Return b as finite float64 columns (p, k), and whether it was a single vector."""
+    if np.iscomplexobj(b):
+        raise ValueError("A right-hand side is complex: solve for its two parts.")
     b = np.asarray(b, np.float64)
     if b.ndim not in (1, 2):
         raise ValueError(f"Right-hand sides are (p,) or columns (p, k), not shape {b.shape}.")

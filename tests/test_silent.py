@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 
 from helpers import (
+    CG,
     GaussNewton,
+    Hessian,
     Objective,
     Removals,
     fit_head,
@@ -401,3 +403,117 @@ def test_labels_and_rows_in_other_nestings():
         expected.theta = np.zeros(3)
     two = Objective(network(layers.Dense(2)), "mse", X, X[:, :2], weight_decay=0.1)
     assert s_test(two, X[:1].tolist(), [[0.1, 0.2]]).x.shape == (two.p, 1)
+
+
+@tf.custom_gradient
+def tanh_without_second(x):
+    y = tf.tanh(x)
+    return y, lambda u: u * tf.stop_gradient(1 - y**2)
+
+
+class Squashed(layers.Layer):
+    """`function` of x w; not to be copied in another dtype, as layers without a config are not."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 4), name="kernel")
+
+    def call(self, x):
+        return self.function(x @ self.w)
+
+
+def squashed(function, scale=1.0):
+    """Return an objective that depends on `scale` by the size of data and first kernel alone."""
+    keras.utils.set_random_seed(1)
+    model = network(layers.Dense(4, "tanh"), Squashed(function), layers.Dense(3))
+    model.layers[0].kernel.assign(model.layers[0].kernel / scale)
+    return Objective(model, SPARSE, X * scale, Y, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_differences_step_each_variable_by_its_own_size(scale):
+    """One step for all of theta was up to 100 % off where a kernel is far larger or smaller."""
+    ours, right = squashed(tanh_without_second, scale), squashed(tf.tanh, scale)
+    v = np.eye(right.p)[:, [0, 20, -1]]
+    for operator in (Hessian, GaussNewton):
+        error = operator(ours) @ v - operator(right) @ v
+        expected = np.linalg.norm(operator(right) @ v, axis=0)
+        assert (np.linalg.norm(error, axis=0) <= 1e-7 * expected).all()
+    assert ours.derivatives.by_differences
+    assert not right.derivatives.by_differences
+
+
+RECOMPUTED = {"TensorFlow": lambda x: tf.recompute_grad(tf.tanh)(x), "Keras": keras.remat(tf.tanh)}
+
+
+@pytest.mark.parametrize("function", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_recomputed_activations_take_differences(function):
+    v, right = np.ones(51), Hessian(squashed(tf.tanh))
+    np.testing.assert_allclose(Hessian(squashed(function)) @ v, right @ v, rtol=1e-6, atol=1e-9)
+
+
+def test_second_derivatives_that_can_not_be_told_are_said():
+    def in_float32(x):
+        return tf.cast(tanh_without_second(tf.cast(x, "float32")), x.dtype)
+
+    with pytest.warns(UserWarning, match=r"not checked: differences do not tell\. They would if"):
+        solve(squashed(in_float32), np.ones(51), CG(0.5))
+
+
+def test_a_rounded_gradient_without_a_second_is_refused():
+    def normalised(x):
+        x = tf.cast(x[:, None, None], "float32")
+        return tf.cast(tf.nn.local_response_normalization(x)[:, 0, 0], "float64")
+
+    with pytest.raises(ValueError, match=r"no second derivative .* rounded too much"):
+        squashed(normalised).gradient()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_products_too_mind_layers_below_that_were_changed(kind):
+    model = mlp()
+    bound = kind(Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters="last_layer"))
+    _ = bound @ np.ones(bound.shape[0])
+    model.layers[0].kernel.assign(2 * model.layers[0].kernel)
+    for use in (lambda: bound @ np.ones(bound.shape[0]), bound.dense):
+        with pytest.raises(ValueError, match="bind a new Objective"):
+            use()
+
+
+def test_complex_vectors_and_other_decays():
+    objective = Objective(mlp(), SPARSE, X, Y, weight_decay=0.1)
+    h, v = Hessian(objective), RNG.normal(size=objective.p)
+    np.testing.assert_allclose(h @ (v + 2j * v), (1 + 2j) * (h @ v), rtol=1e-12)
+    with pytest.raises(ValueError, match="complex"):
+        solve(h, 1j * v)
+    with pytest.raises(AttributeError):
+        objective.decay = np.zeros(objective.p)  # products would keep the old one
+
+
+def test_parameters_that_no_output_depends_on():
+    class Unused(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used, self.beside = layers.Dense(3), layers.Dense(2)
+
+        def call(self, x):
+            self.beside(x)
+            return self.used(x)
+
+    model = Unused()
+    model(X)
+    names = [model.beside.name]
+    objective = Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters=names)
+    s = RNG.normal(size=objective.p)
+    share = objective.decay * objective.theta @ s / N
+    np.testing.assert_allclose(predicted_loss_change(objective, s), np.full((1, N), share))
+
+
+def test_labels_of_several_outputs_as_a_list():
+    i = keras.Input((4,))
+    model = keras.Model(i, [layers.Dense(1)(i), layers.Dense(2)(i)])
+    with pytest.raises(ValueError, match=r"several outputs\. Bind one"):
+        Objective(model, "mse", X, [T, X[:, :2]], weight_decay=0.1)
