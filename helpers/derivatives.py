@@ -30,11 +30,8 @@ class Derivatives(NamedTuple):
     words: str
 
 
-def warn_if_flat(objective):
-    """Warn where the loss has no curvature, so that H is nothing but the weight decay.
-
-    And where the probe could not tell whether the second derivatives are right.
-    """
+def warn_of_doubts(objective):
+    """Warn where second derivatives could not be checked, and where the loss has no curvature."""
     head = objective.checked_head()
     if objective.derivatives.words == UNCLEAR:
         warnings.warn(

@@ -62,7 +62,7 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     of the minimum: the Fit has the gradient norm before and after.
     """
     head, tol = head_of(objective), checks.number("tol", tol)
-    derivatives.warn_if_flat(objective)
+    derivatives.warn_of_doubts(objective)
     if not (objective.decay > 0).any():
         raise ValueError(
             "Without weight decay a separable problem has no minimum: pass "

@@ -151,7 +151,7 @@ def self_influence(H, x, y, *, damping=0.0):
     the code released with Koh & Liang 2017 had sigma_i instead of its square. H : as in `s_test`.
     """
     H = as_operator(H)
-    derivatives.warn_if_flat(H.objective)
+    derivatives.warn_of_doubts(H.objective)
     rounded = H.precision == "float32"
     objective = (rounded and H.objective.in_float64()) or H.objective
     H = type(H)(objective)

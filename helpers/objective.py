@@ -120,6 +120,7 @@ class Objective:
         self.variables = theta_of.selected(model, parameters, first)
         self.dtype = theta_of.common_dtype(model, self.variables)
         self._decay = theta_of.decay(model, self.variables, weight_decay, decayed)
+        self._decay.flags.writeable = False  # graphs would keep the old one
         self.loss = ExampleLoss(model, loss, labels, predictions, self.dtype)
         self.data = Batches(
             x,

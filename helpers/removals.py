@@ -43,7 +43,7 @@ class Removals:
         k = head.hessian(self.theta)
         k[np.diag_indices_from(k)] -= head.decay / head.n
         self.factor, self.gradient_norms = factor_of(head, k), np.zeros(0)
-        derivatives.warn_if_flat(objective)
+        derivatives.warn_of_doubts(objective)
         self.outputs = head.outputs(head.phi, self.theta)
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
         self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])

@@ -57,7 +57,7 @@ def solve(H, b, solver=None, *, damping="auto"):
     numbers = {"damping": solver.damping, "rtol": rtol}
     solver = replace(solver, **{name: checks.number(name, a) for name, a in numbers.items()})
     if H.objective:
-        derivatives.warn_if_flat(H.objective)
+        derivatives.warn_of_doubts(H.objective)
     size = np.abs(b).max(0, initial=0)
     size[size == 0] = 1.0  # squares of 1e-170 would be zero
     x, known = solver.run(H, b / size)

@@ -491,6 +491,8 @@ def test_complex_vectors_and_other_decays():
         solve(h, 1j * v)
     with pytest.raises(AttributeError):
         objective.decay = np.zeros(objective.p)  # products would keep the old one
+    with pytest.raises(ValueError, match="read-only"):
+        objective.decay[:] = 0
 
 
 def test_parameters_that_no_output_depends_on():
