@@ -170,9 +170,12 @@ class GaussNewton(Hessian):
             shares = signs * weight[:, None]
             for c in np.flatnonzero(signs.numpy().any(0)):  # softmax has rank C - 1
                 rows = pulled(objective, x, factors[:, :, c])
-                # TensorFlow's GEMM, which other work on the machine slows down less than NumPy's
-                total += tf.matmul(rows, rows * shares[:, c, None], transpose_a=True).numpy()
-        total = (total + total.T) / (2 * objective.n)  # a product in float32 rounds the two apart
+                weighted = rows * shares[:, c, None]
+                for start in range(0, objective.p, 400):  # the lower triangle, without most of the
+                    own = slice(start, start + 400)  # upper; TensorFlow's GEMM, which other work
+                    part = tf.matmul(rows[:, start:], weighted[:, own], transpose_a=True)
+                    total[start:, own] += part.numpy()  # slows down less than NumPy's
+        total = (np.tril(total) + np.tril(total, -1).T) / objective.n
         return total + np.diag(objective.decay)
 
 
