@@ -6,7 +6,6 @@ or computed by differences.
 """
 
 import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -46,18 +45,6 @@ def warn_of_doubts(objective):
         )
 
 
-class _Probe(NamedTuple):
-    """A function to hold its derivatives against differences along one direction v.
-
-    at : h -> (value, gradient (p,)) at the point + h v; product : () -> (value, gradient, H v) at
-    the point; v : (p,).
-    """
-
-    at: Callable
-    product: Callable
-    v: np.ndarray
-
-
 UNCLEAR = "derivatives not checked: differences do not tell"
 STEPS = {"float64": (1e-5, 1e-7, 1e-9), "float32": (3e-2, 1e-2, 3e-3)}
 WRONG = "gradient", "curvature", "rounded"
@@ -86,14 +73,14 @@ def probe(objective, head):
     if head is not None:
         outputs = head.outputs(head._features(x), objective.theta)
         loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
-        (verdict, flat), what = _verdict(loss, "float64"), f"the loss {objective.loss.name}"
+        (verdict, flat), what = _verdict(*loss, "float64"), f"the loss {objective.loss.name}"
         if flat and objective.data.in_memory:
             outputs = head.outputs(head.phi, objective.theta)
             flat = not head.bend(head.y, outputs, rng.normal(size=outputs.shape)).numpy().any()
     else:
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
         coarsest = min(v.dtype for v in o.variables)
-        verdict, flat = _verdict(_of_parameters(o, x, y, rng), coarsest)
+        verdict, flat = _verdict(*_of_parameters(o, x, y, rng), coarsest)
         what = _culprit(o, x, y, rng) if verdict in WRONG else ""
     if verdict == "gradient":
         raise ValueError(
@@ -119,36 +106,36 @@ def probe(objective, head):
     return Derivatives(True, False, flat, f"derivatives checked on {len(y)} examples")
 
 
-def _verdict(probe, dtype):
+def _verdict(at, product, v, dtype):
     """Return "right", or what is wrong: "gradient", "curvature", or that it is "unclear".
 
     Second value: whether a right H v is zero.
     """
-    tol, product = AGREE[dtype], None
+    tol, bent = AGREE[dtype], None
     try:
-        value, gradient, product = probe.product()
+        value, gradient, bent = product()
     except MISSING:  # an operation without a second derivative
-        value, gradient = probe.at(0.0)
-    along, typical = gradient @ probe.v, np.linalg.norm(gradient * probe.v)
+        value, gradient = at(0.0)
+    along, typical = gradient @ v, np.linalg.norm(gradient * v)
     faint = 10 * np.finfo(dtype).eps * np.linalg.norm(gradient) / STEPS[dtype][0]
     slopes, bends = [], []
     for h in STEPS[dtype]:
-        up, up_g = probe.at(h)
-        low, (down, down_g) = (0, (value, gradient)) if dtype == "float64" else (-h, probe.at(-h))
+        up, up_g = at(h)
+        low, (down, down_g) = (0, (value, gradient)) if dtype == "float64" else (-h, at(-h))
         slopes.append((up - down) / (h - low))
         bends.append((up_g - down_g) / (h - low))
         floor = 10 * np.finfo(dtype).eps * abs(up) / h
         right = abs(along - slopes[-1]) <= tol * max(abs(slopes[-1]), typical) + floor
-        if right and product is None:
+        if right and bent is None:
             return "curvature", False
-        alike = right and _apart(product, bends[-1]) <= tol
-        if alike or (right and np.linalg.norm(product - bends[-1]) <= faint):
-            return "right", not product.any()
+        alike = right and _apart(bent, bends[-1]) <= tol
+        if alike or (right and np.linalg.norm(bent - bends[-1]) <= faint):
+            return "right", not bent.any()
     if not right:
         settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])
-        rounded = "rounded" if product is None else "unclear"
+        rounded = "rounded" if bent is None else "unclear"
         return "gradient" if settled else rounded, False
-    settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(product, bends[-1])
+    settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(bent, bends[-1])
     return "curvature" if settled and dtype == "float64" else "unclear", False
 
 
@@ -159,70 +146,60 @@ def _apart(a, b):
 
 
 def _of_tensor(function, tensor, rng):
-    """Return the _Probe of a function of one float64 tensor, beside that tensor."""
+    """Return what `_verdict` asks of a function of one float64 tensor, beside that tensor."""
+    x = tf.Variable(np.asarray(tensor, np.float64))
     spread = max(float(np.std(tensor)), 1e-2)
-    point = tensor + 0.1 * spread * rng.normal(size=np.shape(tensor))
-    v = spread * rng.normal(size=np.shape(tensor))
-
-    def at(h):
-        x = tf.constant(point + h * v)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = function(x)
-        return float(value), _flat([tape.gradient(value, x)], [x])
-
-    def product():
-        x = tf.constant(point)
-        with tf.GradientTape() as outer:
-            outer.watch(x)
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                value = function(x)
-            slope = inner.gradient(value, x)
-        bent = None if slope is None else outer.gradient(slope, x, tf.constant(v))
-        return float(value), _flat([slope], [x]), _flat([bent], [x])
-
-    return _Probe(at, product, np.ravel(v))
+    return _of(lambda: function(tf.identity(x)), [x], [spread], 0.1, rng)
 
 
 def _of_parameters(objective, x, y, rng):
-    """Return the _Probe of the summed loss of some examples in the selected parameters."""
-    tensors, dtype = objective.tensors, objective.dtype
-    x = objective.data.cast(x)
-    theta = [np.asarray(t, np.float64) for t in tensors]
-    sizes = [max(float(np.sqrt(np.mean(t**2))), 1e-2) for t in theta]
-    point = [t + 0.01 * s * rng.normal(size=t.shape) for t, s in zip(theta, sizes, strict=True)]
-    v = [s * rng.normal(size=t.shape) for t, s in zip(theta, sizes, strict=True)]
+    """Return the same of the summed loss of some examples in the selected parameters."""
+    x, tensors = objective.data.cast(x), objective.tensors
+    sizes = [max(float(np.sqrt(np.mean(np.square(t)))), 1e-2) for t in tensors]
+    return _of(lambda: tf.reduce_sum(objective.loss(x, y)), tensors, sizes, 0.01, rng)
+
+
+def _of(function, variables, sizes, beside, rng):
+    """Return (at, product, v) of function(), a number, a little beside where its variables are.
+
+    at : h -> (value, gradient (p,)) at the point + h v; product : () -> (value, gradient, H v) at
+    the point; v : (p,).
+    """
+    home = [np.asarray(t, np.float64) for t in variables]
+    point = [t + beside * s * rng.normal(size=t.shape) for t, s in zip(home, sizes, strict=True)]
+    v = [s * rng.normal(size=t.shape) for t, s in zip(home, sizes, strict=True)]
 
     def moved(h, function):
         try:
-            objective.move([a + h * b for a, b in zip(point, v, strict=True)])
+            for t, a, b in zip(variables, point, v, strict=True):
+                t.assign(a + h * b)
             return function()
         finally:
-            objective.move(theta)
+            for t, a in zip(variables, home, strict=True):
+                t.assign(a)
 
     def slopes():
         with tf.GradientTape() as tape:
-            value = tf.reduce_sum(objective.loss(x, y))
-        return value, tape.gradient(value, tensors)
+            value = function()
+        return value, tape.gradient(value, variables)
 
     def at(h):
         value, gradient = moved(h, slopes)
-        return float(value), _flat(gradient, tensors)
+        return float(value), _flat(gradient, variables)
 
     def bent():
         with tf.GradientTape() as tape:
             value, gradient = slopes()
             some = [(g, b) for g, b in zip(gradient, v, strict=True) if g is not None]
-            some = [tf.reduce_sum(tf.cast(tf.convert_to_tensor(g), dtype) * b) for g, b in some]
-            dot = tf.add_n(some or [tf.zeros((), dtype)])
-        return value, gradient, tape.gradient(dot, tensors)
+            some = [tf.cast(tf.convert_to_tensor(g), tf.float64) * b for g, b in some]
+            dot = tf.add_n([tf.zeros((), tf.float64), *map(tf.reduce_sum, some)])
+        return value, gradient, tape.gradient(dot, variables)
 
     def product():
         value, *vectors = moved(0.0, bent)
-        return float(value), *(_flat(parts, tensors) for parts in vectors)
+        return float(value), *(_flat(parts, variables) for parts in vectors)
 
-    return _Probe(at, product, _flat(v, tensors))
+    return at, product, _flat(v, variables)
 
 
 def _flat(parts, like):
@@ -244,7 +221,7 @@ def _culprit(objective, x, y, rng):
         return tf.cast(tf.reduce_sum(objective.loss.of_outputs(y, o)), tf.float64)
 
     probe = _of_tensor(loss, np.asarray(outputs, np.float64), rng)
-    if _verdict(probe, objective.dtype)[0] in WRONG:
+    if _verdict(*probe, objective.dtype)[0] in WRONG:
         return f"the loss {objective.loss.name}"
     seen, names = {}, []
     layers = keras_facts.outermost_layers(objective.model)
@@ -262,7 +239,7 @@ def _culprit(objective, x, y, rng):
 
         try:
             probe = _of_tensor(bent, np.asarray(given, np.float64), rng)
-            found, _ = _verdict(probe, objective.dtype)
+            found, _ = _verdict(*probe, objective.dtype)
         except (TypeError, ValueError, tf.errors.OpError):
             continue
         if found in WRONG:

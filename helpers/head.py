@@ -140,18 +140,10 @@ class Head:
         ).numpy()
         return np.moveaxis(values.reshape(m, *k, *values.shape[1:]), 1, -1) if k else values
 
-    @keras_facts.traced
-    def _losses(self, y, outputs):
-        return self.losses_in_graph(y, outputs)
-
     def losses_in_graph(self, y, outputs):
         """Return the loss at outputs (m, C) as a tensor (m,), to be differentiated."""
         values = self.objective.loss.entries(y, self._activation(outputs), "float64")
         return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
-
-    @keras_facts.traced
-    def _residuals(self, y, outputs):
-        return self._slopes(y, outputs)
 
     def _slopes(self, y, outputs):
         """Return r (m, C); no graph of its own, which would be traced once more a derivative."""
@@ -159,6 +151,9 @@ class Head:
             tape.watch(outputs)
             losses = self.losses_in_graph(y, outputs)
         return tape.gradient(losses, outputs)
+
+    _losses = keras_facts.traced(losses_in_graph)
+    _residuals = keras_facts.traced(_slopes)
 
     @keras_facts.traced
     def tf_curvatures(self, y, outputs):

@@ -66,27 +66,24 @@ def predicted_loss_change(objective, s, *, out=None):
     out : array (m, n) to write to, block by block: `np.lib.format.open_memmap` makes one on disk.
     """
     s = _columns(objective, s)
-    shape, start = (s.shape[1], objective.n), 0
+    shape = s.shape[1], objective.n
     out = np.empty(shape) if out is None else out
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}, the influences {shape}.")
-    for block in _blocks_of_changes(objective, s):
-        out[:, start : start + block.shape[1]] = block
-        start += block.shape[1]
+    for rows, block in _blocks_of_changes(objective, s):
+        out[:, rows] = block
     return out
 
 
 def _blocks_of_changes(objective, s):
-    """Yield `predicted_loss_change` in blocks (m, b) of consecutive training points."""
-    s = _columns(objective, s)
-    share, counted, start = (objective.decay * objective.theta @ s)[:, None], 1.0, 0
+    """Yield slices of consecutive training points and `predicted_loss_change` of them, (m, b)."""
+    s, counted, stop = _columns(objective, s), objective.loss.counted, 0
+    share = (objective.decay * objective.theta @ s)[:, None]
     for block in blocks_of_dots(objective, s):
-        if objective.loss.counted is not None:
-            counted = objective.loss.counted[start : start + block.shape[1]]
-        start += block.shape[1]
-        block += share * counted
+        rows = slice(stop, stop := stop + block.shape[1])
+        block += share * (1.0 if counted is None else counted[rows])
         block /= objective.n
-        yield block
+        yield rows, block
 
 
 def _columns(objective, s):
@@ -121,11 +118,9 @@ def most_influential(objective, s, k):
     if not 1 <= k <= objective.n:
         raise ValueError(f"k must be from 1 to n = {objective.n}, got {k}.")
     found = {1: [], -1: []}
-    start = 0
-    for block in _blocks_of_changes(objective, s):
-        ids = np.broadcast_to(np.arange(start, start + block.shape[1]), block.shape)
+    for rows, block in _blocks_of_changes(objective, s):
+        ids = np.broadcast_to(np.arange(rows.start, rows.stop), block.shape)
         found = {sign: [_first([*best, (ids, block)], sign, k)] for sign, best in found.items()}
-        start += block.shape[1]
     return Extremes(*found[1][0], *found[-1][0])
 
 

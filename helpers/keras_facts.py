@@ -4,9 +4,10 @@ Each fact has a test in `tests/test_keras_facts.py` that fails when an upgrade c
 """
 
 import re
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import keras
 import numpy as np
@@ -33,6 +34,14 @@ ELEMENTWISE = {  # losses that compare labels and predictions entry by entry
 
 
 @contextmanager
+def _replaced(*places):
+    """Let attributes (object, name, value) have other values, inside this block only."""
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(patch.object(*place))
+        yield
+
+
 def exact_derivatives():
     """Let TensorFlow differentiate four functions twice, inside this block only.
 
@@ -41,23 +50,12 @@ def exact_derivatives():
     `softmax_cross_entropy_with_logits` has p - y, right for labels that sum to one; resized images
     and `softsign` have a first derivative and none, or zero, as the second.
     """
-    places = {
-        (tf.nn, "moments"): _moments,
-        (tf.nn, "softmax_cross_entropy_with_logits"): _softmax_cross_entropy,
-        (tf.nn, "softsign"): _softsign,
-        (tf.image, "resize"): partial(_resize, tf.image.resize),
-    }
-    originals = {place: getattr(*place) for place in places}
-    if originals[tf.nn, "moments"] is _moments:  # a block inside another
-        yield
-        return
-    for place, function in places.items():
-        setattr(*place, function)
-    try:
-        yield
-    finally:
-        for place, function in originals.items():
-            setattr(*place, function)
+    return _replaced(
+        (tf.nn, "moments", _moments),
+        (tf.nn, "softmax_cross_entropy_with_logits", _softmax_cross_entropy),
+        (tf.nn, "softsign", _softsign),
+        (tf.image, "resize", _resize),
+    )
 
 
 def _moments(x, axes, shift=None, keepdims=False, name=None):
@@ -76,16 +74,19 @@ def _softsign(x, name=None):
     return x / (1 + tf.abs(x))
 
 
-def _resize(original, images, size, method="bilinear", preserve_aspect_ratio=False, **options):
+RESIZE = tf.image.resize  # as it is outside every block
+
+
+def _resize(images, size, method="bilinear", preserve_aspect_ratio=False, **options):
     """Return resized images as M_h x M_w', with the matrices that the original's weights are."""
     images = tf.convert_to_tensor(images)
     old, new = images.shape[-3:-1], tf.get_static_value(tf.convert_to_tensor(size))
     if preserve_aspect_ratio or new is None or None in old or not images.dtype.is_floating:
-        return original(images, size, method, preserve_aspect_ratio, **options)
+        return RESIZE(images, size, method, preserve_aspect_ratio, **options)
     antialias = options.get("antialias", False)
     with tf.init_scope():
         rows, columns = (
-            original(np.eye(a, dtype="float32")[:, :, None, None], (b, 1), method, False, antialias)
+            RESIZE(np.eye(a, dtype="float32")[:, :, None, None], (b, 1), method, False, antialias)
             for a, b in zip(old, new, strict=True)
         )
         rows, columns = (np.asarray(m, "float64")[:, :, 0, 0] for m in (rows, columns))
@@ -271,18 +272,9 @@ def both_means(loss, y, predictions, values, k, dtype):
     return float(own.mean()) if own.size else 0.0, float(tf.reduce_mean(by_keras))
 
 
-@contextmanager
 def _computing_in(loss, dtype):
     """Let a loss object, and those it holds, compute in `dtype` and not in Keras's floatx."""
-    every = list(_objects_in(loss))
-    before = [each._dtype for each in every]
-    for each in every:
-        each._dtype = dtype
-    try:
-        yield
-    finally:
-        for each, old in zip(every, before, strict=True):
-            each._dtype = old
+    return _replaced(*((each, "_dtype", dtype) for each in _objects_in(loss)))
 
 
 def _objects_in(loss):
@@ -341,7 +333,6 @@ def bytes_an_example(model, x, dtype):
     return 8 * tf.as_dtype(dtype).size * (inputs + layers)
 
 
-@contextmanager
 def tapped(layers, seen):
     """Let layers report (input, output before and after the activation) while a model is called."""
 
@@ -361,16 +352,7 @@ def tapped(layers, seen):
 
         return reported
 
-    before = [vars(layer).get("call") for layer in layers]
-    for layer in layers:
-        layer.call = tap(layer, layer.call)
-    try:
-        yield
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            del layer.call
-            if call is not None:
-                layer.call = call
+    return _replaced(*((layer, "call", tap(layer, layer.call)) for layer in layers))
 
 
 def outermost_layers(model):

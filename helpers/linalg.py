@@ -2,7 +2,6 @@
 
 import numpy as np
 import scipy.linalg
-import scipy.linalg.blas
 import tensorflow as tf
 
 ON_GPU = bool(tf.config.list_physical_devices("GPU"))
@@ -43,7 +42,7 @@ class Factor:
 
     def __init__(self, matrix):
         try:
-            self._factor = scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
+            self.lower = scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError as error:
             raise np.linalg.LinAlgError(
                 "The matrix is not positive definite, so it has no Cholesky factor: add damping "
@@ -52,22 +51,14 @@ class Factor:
 
     def solve(self, b):
         """Return the solution for b, (p,) or (p, k)."""
-        return scipy.linalg.cho_solve((self._factor, True), b, check_finite=False)
+        return scipy.linalg.cho_solve((self.lower, True), b, check_finite=False)
 
     def whiten(self, b):
         """Return L^-1 b, whose squared column norms are b' A^-1 b."""
-        return scipy.linalg.solve_triangular(self._factor, b, lower=True, check_finite=False)
+        return scipy.linalg.solve_triangular(self.lower, b, lower=True, check_finite=False)
 
     def unwhiten(self, b):
         """Return L^-T b: the coordinates in which the matrix is the identity, turned back."""
         return scipy.linalg.solve_triangular(
-            self._factor, b, lower=True, trans="T", check_finite=False
+            self.lower, b, lower=True, trans="T", check_finite=False
         )
-
-    def product(self, b):
-        """Return L b."""
-        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True)
-
-    def transposed_product(self, b):
-        """Return L' b, the inverse of `unwhiten`."""
-        return scipy.linalg.blas.dtrmm(1.0, self._factor, b, lower=True, trans_a=True)

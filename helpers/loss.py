@@ -1,7 +1,5 @@
 """The loss that a model is trained on, one value an example, as Keras means it."""
 
-from functools import cached_property
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -73,13 +71,10 @@ class ExampleLoss:
             return keras_facts.with_mask(*self._graph_of_outputs(x))
         return keras_facts.with_mask(tf.identity(logits), keras_facts.mask_of(predictions))
 
-    @cached_property
-    def _graph_of_outputs(self):
-        def both(x):
-            outputs = self.outputs(x)
-            return outputs, keras_facts.mask_of(outputs)
-
-        return keras_facts.traced(both)
+    @keras_facts.traced
+    def _graph_of_outputs(self, x):
+        outputs = self.outputs(x)
+        return outputs, keras_facts.mask_of(outputs)
 
     def of_outputs(self, y, outputs):
         """Return the loss of each example, (b,), from what `outputs` returned."""

@@ -172,7 +172,6 @@ class Objective:
             return None
         part, place = self._copy(), {id(v): k for k, v in enumerate(self.model.weights)}
         part.data, part.loss = copy.copy(self.data), copy.copy(self.loss)
-        part.loss.__dict__.pop("_graph_of_outputs", None)
         for each in (part, part.data, part.loss):
             each.dtype = "float64"
         part.model = part.loss.model = model
@@ -232,12 +231,9 @@ class Objective:
         for variable, part in zip(self.variables, parts, strict=True):
             variable.assign(part)
 
-    @cached_property
-    def _assign(self):
-        def assign(vector):
-            self.move(self.unflatten(vector))
-
-        return keras_facts.traced(assign)  # ten times as fast as one by one
+    @keras_facts.traced  # ten times as fast as one by one
+    def _assign(self, vector):
+        self.move(self.unflatten(vector))
 
     def flatten(self, tensors):
         """Return a list shaped like the variables as one vector (p,); None counts as zero."""
@@ -285,9 +281,9 @@ class Objective:
         parts = [self._batch_losses(xb, yb) for xb, yb, _ in batches]
         return np.concatenate([part.numpy() for part in parts]).astype(np.float64)
 
-    @cached_property
-    def _batch_losses(self):
-        return keras_facts.traced(lambda x, y: self.loss(x, y))
+    @keras_facts.traced
+    def _batch_losses(self, x, y):
+        return self.loss(x, y)
 
     def loss_of_predictions(self, y, predictions):
         """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import checks, derivatives
 from .fit import factor_of, head_of, newton, newton_direction
-from .linalg import gemm
+from .linalg import damped, gemm
 
 
 class Removals:
@@ -40,8 +40,7 @@ class Removals:
                 "refits average over all."
             )
         head, self.theta = self.head, objective.theta
-        k = head.hessian(self.theta)
-        k[np.diag_indices_from(k)] -= head.decay / head.n
+        k = damped(head.hessian(self.theta), -head.decay / head.n)
         self.factor, self.gradient_norms = factor_of(head, k), np.zeros(0)
         derivatives.warn_of_doubts(objective)
         self.outputs = head.outputs(head.phi, self.theta)

@@ -179,9 +179,9 @@ def test_a_factor_multiplies_and_divides():
     a, b = rng.normal(size=(6, 6)), rng.normal(size=(6, 3))
     a = a @ a.T + np.eye(6)
     factor = Factor(a)
-    np.testing.assert_allclose(factor.product(factor.transposed_product(b)), a @ b, atol=1e-12)
-    np.testing.assert_allclose(factor.product(factor.whiten(b)), b, atol=1e-12)
-    np.testing.assert_allclose(factor.transposed_product(factor.unwhiten(b)), b, atol=1e-12)
+    np.testing.assert_allclose(factor.lower @ factor.lower.T @ b, a @ b, atol=1e-12)
+    np.testing.assert_allclose(factor.lower @ factor.whiten(b), b, atol=1e-12)
+    np.testing.assert_allclose(factor.lower.T @ factor.unwhiten(b), b, atol=1e-12)
 
 
 class Wave(keras.losses.Loss):

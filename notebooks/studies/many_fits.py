@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from helpers import checks
 from helpers.fit import DENSE_FIT, head_of
-from helpers.linalg import Factor, gemm, gram
+from helpers.linalg import Factor, damped, gemm, gram
 
 TINY = np.finfo(float).tiny
 
@@ -70,19 +70,18 @@ class _Basis(NamedTuple):
     factor: Factor | None
 
     def enter(self, theta):
-        return self._turned(theta, "transposed_product")
+        return self._turned(theta, lambda b: self.factor.lower.T @ b)
 
     def leave(self, u):
-        return self._turned(u, "unwhiten")
+        return self._turned(u, lambda b: self.factor.unwhiten(b))
 
     def gradient(self, g):
-        return self._turned(g, "product")
+        return self._turned(g, lambda b: self.factor.lower @ b)
 
-    def _turned(self, columns, how):
+    def _turned(self, columns, turn):
         if self.factor is None:
             return columns
-        wide = columns.reshape(self.psi.shape[1], -1)
-        return getattr(self.factor, how)(wide).reshape(columns.shape)
+        return turn(columns.reshape(self.psi.shape[1], -1)).reshape(columns.shape)
 
 
 def _basis(head, labels, share, theta):
@@ -98,9 +97,7 @@ def _whitened(head, labels, share, theta):
     columns = _Columns(head, plain, labels, share)
     a = columns.curvatures(columns.outputs(theta))
     pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
-    matrix = gram(head.phi, pull)
-    matrix[np.diag_indices_from(matrix)] += head.decay[:: head.c]
-    factor = Factor(matrix)
+    factor = Factor(damped(gram(head.phi, pull), head.decay[:: head.c]))
     psi = np.ascontiguousarray(factor.whiten(head.phi.T).T)
     return _Basis(psi, psi.T, np.ones(len(theta)), pull, factor)
 

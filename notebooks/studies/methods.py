@@ -125,24 +125,17 @@ class Solvers:
     """
 
     def __init__(self, objective):
-        self.objective, dense = objective, {"exact": Hessian}
+        self.objective, dense = objective, {"exact": Hessian(objective).dense()}
         if not objective.head:
-            dense["Gauss-Newton"] = GaussNewton
-        self.spectra = {
-            name: scipy.linalg.eigh(form(objective).dense()) for name, form in dense.items()
-        }
-        self.names = [*dense, "EK-FAC"]
+            dense["Gauss-Newton"] = GaussNewton(objective).dense()
+        self.spectra = {name: scipy.linalg.eigh(matrix) for name, matrix in dense.items()}
+        self.hessian, self.names = dense["exact"], [*dense, "EK-FAC"]
 
     def __call__(self, method, b, damping=0.0):
         if method == "EK-FAC":
             return Blocks(self.objective, damping).solve(b)
         values, vectors = self.spectra[method]
         return vectors @ ((vectors.T @ b) / (values + damping)[:, None])
-
-    @property
-    def hessian(self):
-        values, vectors = self.spectra["exact"]
-        return (vectors * values) @ vectors.T
 
 
 def mean_change(cases, method, damping):

@@ -5,7 +5,7 @@ left-out objective that descent reaches from theta (warm start), or the minimum 
 Bregman objective (Bae et al. 2022), which holds the network near theta.
 
 Descent is L-BFGS in coordinates whitened by one factorisation, so that curvature that is known is
-not learnt again. Decay stays and the average is over n - 1 points, as in `helpers.retraining`.
+not learnt again. Decay stays and the average is over n - 1 points, as in `helpers.removals`.
 """
 
 from functools import partial
@@ -55,14 +55,13 @@ def polish(objective, *, tol=1e-8):
 class NetworkRemovals:
     """One factorisation of a model's Hessian, for leaving any of its training points out.
 
-    hessian : (p, p), H at theta (`dense_hessian`) or, for a larger model, G; `damping` is added.
+    hessian : (p, p), H at theta (`Hessian.dense`) or, for a larger model, G; `damping` is added.
     """
 
     def __init__(self, objective, hessian, *, damping=0.0):
         self.objective, self.theta = objective, objective.theta
-        self.hessian, k = hessian, damped(hessian, checks.number("damping", damping))
-        k[np.diag_indices_from(k)] -= objective.decay / objective.n
-        self.factor = Factor(k)
+        shift = checks.number("damping", damping) - objective.decay / objective.n
+        self.hessian, self.factor = hessian, Factor(damped(hessian, shift))
         self.gradient = objective.gradient()
 
     def newton_steps(self, rows):
