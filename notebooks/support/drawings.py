@@ -2,6 +2,10 @@
 
 A mesh is a list of lofts, rings of points joined by quadrilaterals; x points forward, y to the
 left, z up, in metres. OpenCV fills the faces and a depth buffer puts the nearest one on top.
+
+A picture is the same on every processor: no comparison and no rounding here may hang on the last
+bits of a number, which differ. So faces in one plane lie in a fixed order, and what is rounded to
+whole levels at the end carries noise.
 """
 
 import functools
@@ -10,6 +14,8 @@ import itertools
 import cv2
 import numpy as np
 import pandas as pd
+from matplotlib.colors import hsv_to_rgb
+from scipy.ndimage import affine_transform
 
 from support.stored import ROOT
 
@@ -122,7 +128,7 @@ def _fill(canvas, points, firsts, colours, camera, light):
         part = np.s_[low[1] : high[1], low[0] : high[0]]
         mask = cv2.fillPoly(np.zeros((high - low)[::-1], np.uint8), [corners - low], 1)
         near = a * x[part[1]] + (b * y[part[0]] + c)[:, None]
-        hit = (near > depth[part]) & (mask > 0)
+        hit = (near > depth[part] * (1 + 1e-6)) & (mask > 0)  # in one plane the first face stays
         depth[part][hit], canvas[part][hit] = near[hit], colour
 
 
@@ -159,8 +165,8 @@ def _object(canvas, rng, subtype, camera, shadow):
     points, firsts, letters = _mesh(subtype)
     points = points * rng.uniform(0.9, 1.1, 3)
     sun = rng.uniform((-0.8, -0.8, 0.6), (0.8, 0.8, 1.2))
-    hsv = rng.integers((0, 80, 60), (180, 235, 245), (1, 2, 3)).astype(np.uint8)
-    paints = dict(zip("ab", cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0], strict=True))
+    hsv = rng.integers((0, 80, 60), (180, 235, 245), (2, 3)) / (180, 255, 255)
+    paints = dict(zip("ab", hsv_to_rgb(hsv) * 255, strict=True))
     if subtype == "airliner":
         paints["a"] = rng.uniform(205, 245, 3)
     elif subtype == "taxi":
@@ -169,7 +175,8 @@ def _object(canvas, rng, subtype, camera, shadow):
         dropped = points - (points[:, 2:] - points[:, 2].min()) * sun / sun[2]
         outline = cv2.convexHull(_see(dropped, camera)[0].astype(np.int32))
         shade = cv2.fillConvexPoly(np.ones(canvas.shape[:2]), outline, 0.45)
-        canvas[:] = canvas * cv2.blur(shade, (len(canvas) // 24 + 1,) * 2)[..., None]
+        shade = cv2.blur(shade, (len(canvas) // 24 + 1,) * 2)[..., None]
+        canvas[:] = canvas * (shade + 1e-6)  # which no rounding takes below a whole level
     table = {c: [*bytes.fromhex(code)] for c, code in COLOURS.items()} | paints
     colours = np.array([table[c] for c in letters], float)
     _fill(canvas, points, firsts, colours, camera, camera[0] @ sun / np.linalg.norm(sun))
@@ -185,8 +192,9 @@ def _photograph(canvas, rng, own, size):
     elif kind != "nothing":
         canvas[np.s_[:, x : x + wide // 2] if kind == "pole" else np.s_[y:]] = colour
     zoom, (dx, dy) = own.uniform(0.995, 1.01), own.uniform(-0.006, 0.006, 2) * s
-    move = np.array([[zoom, 0, (1 - zoom) * s / 2 + dx], [0, zoom, (1 - zoom) * s / 2 + dy]])
-    picture = cv2.warpAffine(canvas, move, (s, s), borderMode=cv2.BORDER_REFLECT)
+    start = [-((1 - zoom) * s / 2 + by) / zoom for by in (dy, dx)]
+    how = {"output": float, "order": 1, "mode": "reflect"}
+    picture = affine_transform(canvas, [1 / zoom, 1 / zoom, 1], [*start, 0], **how)
     picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
     picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.2, 0.8) * size / 96)
     picture = picture * own.uniform(0.96, 1.04) + own.normal(0, rng.uniform(1, 5), picture.shape)
