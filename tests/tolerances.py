@@ -43,6 +43,15 @@ TABLE = [
         why="rounding decides in which step a residual falls below its bound",
     ),
     Tolerance(
+        "a fit that stops early",
+        r"02/(early_stopping_costs|thesis_fit_suffices|10$|20$|34$)",
+        relative=0.5,
+        absolute=0,
+        whole=0,
+        why="each step of L-BFGS multiplies the rounding of the last: after 34 steps the error is "
+        "8 % on one processor, 9 % or 14 % on another",
+    ),
+    Tolerance(
         "flat directions of a network",
         r"06/Newton$|15/polished",
         relative=0.15,
