@@ -52,13 +52,21 @@ TABLE = [
         "8 % on one processor, 9 % or 14 % on another",
     ),
     Tolerance(
+        "a Newton step along flat directions",
+        r"06/(Newton|cnn_loo_(r|slope)_newton)$",
+        relative=0.15,
+        absolute=0.2,
+        whole=0,
+        why="along eigenvalues near zero it goes far: r of the worst test digit was -0.08 and 0.06, "
+        "the slope 1.00 and 0.90 on two processors",
+    ),
+    Tolerance(
         "flat directions of a network",
-        r"06/Newton$|15/polished",
+        r"15/polished",
         relative=0.15,
         absolute=0.03,
         whole=0,
-        why="along eigenvalues near zero a Newton step or a polish goes far: single places in a "
-        "top ten change",
+        why="along eigenvalues near zero a polish goes far: single places in a top ten change",
     ),
     Tolerance(
         "trained networks",
