@@ -171,10 +171,12 @@ class GaussNewton(Hessian):
             for c in np.flatnonzero(signs.numpy().any(0)):  # softmax has rank C - 1
                 rows = pulled(objective, x, factors[:, :, c])
                 weighted = rows * shares[:, c, None]
-                for start in range(0, objective.p, 400):  # the lower triangle, without most of the
-                    own = slice(start, start + 400)  # upper; TensorFlow's GEMM, which other work
+                # the lower triangle and little of the upper, 400 columns at a time, by TensorFlow's
+                # GEMM, which other work on the machine slows down less than NumPy's
+                for start in range(0, objective.p, 400):
+                    own = slice(start, start + 400)
                     part = tf.matmul(rows[:, start:], weighted[:, own], transpose_a=True)
-                    total[start:, own] += part.numpy()  # slows down less than NumPy's
+                    total[start:, own] += part.numpy()
         total = (np.tril(total) + np.tril(total, -1).T) / objective.n
         return total + np.diag(objective.decay)
 
