@@ -58,6 +58,10 @@ def four():
         (0.5, (-0.1, 0.9), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, 0.1), {"interval_above": 0}, "partly"),
         (-0.5, (-0.9, -0.1), {"interval_above": 0}, "does not hold"),
+        (0.0, (0.0, 0.0), {"interval_above": 0}, "does not hold"),
+        (0.0, (0.0, 0.0), {"above": 0}, "does not hold"),
+        (0.9, (0.5, 2.0), {"within": (1.0, 1.5)}, "partly"),
+        (0.9, (0.8, 1.0), {"below": 0.8}, "does not hold"),
         (0.5, (0.1, 0.9), {"interval_holds": 0.8}, "holds"),
         (0.5, (0.1, 0.9), {"interval_holds": 0.95}, "does not hold"),
         (None, None, {"at_least": 2}, "not run"),
@@ -169,7 +173,7 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | {told} | {told} |" in text
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - | - | - |" in text
     assert text.startswith("before\n")
-    told = "1.5; - | 1.23; 0.95 | reproduced (1 of 2), partly (1 of 2)"
+    told = "1.5; - | at least 1 | 1.23; 0.95 | reproduced (1 of 2), partly (1 of 2)"
     assert f"| [Fig. 9](notebooks/04_influence.ipynb) | It. | {told} | So. |" in text
     assert text.endswith("after\n")
     page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")
@@ -252,7 +256,7 @@ def test_agreement_has_few_ticks_that_do_not_overlap(scale, low, symlog):
     figures.style()
     x = scale * np.linspace(low, 0.7, 30)
     figure = figures.agreement(dict.fromkeys("abc", (x, 0.9 * x)), symlog=symlog, colour=x)
-    figure.set_size_inches(6.9, 6.9 / 3.3 / 3 * 3.5)  # as `save` prints it
+    figure.set_size_inches(6.9, 6.9 / 3.3 / 3 * 4)  # as `save` prints it
     figure.canvas.draw()
     for panel in figure.axes[:3]:
         for axis in (panel.xaxis, panel.yaxis):

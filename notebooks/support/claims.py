@@ -3,8 +3,9 @@
 A notebook ends in claims. Each names its bound once, as a number; the words of the criterion and
 the outcome are made from it:
 
-* the bound is met: a published claim is *reproduced*, one of ours *holds*;
-* the bound is missed, but the 95 % interval of the value reaches it, or, where there is no
+* the value meets the bound: a published claim is *reproduced*, one of ours *holds*, also where the
+  interval reaches beyond the bound;
+* the value misses the bound, but a part of its 95 % interval meets it, or, where there is no
   interval, the value comes within a tenth of it: *partly*;
 * else a published claim is *not reproduced*, ours *does not hold*.
 
@@ -89,17 +90,16 @@ def outcome(claim):
     value, interval, (kind, limit) = claim.get("value"), claim.get("interval"), bound_of(claim)
     if value is None:
         return "not run"
-    met = BOUNDS[kind][1]
-    decides = interval if kind.startswith("interval") else value
+    met, ends = BOUNDS[kind][1], np.atleast_1d(limit)
     yes, no = OWN if claim["of"] == "here" else PUBLISHED
-    if met(decides, limit):
-        return yes
-    ends = np.atleast_1d(limit)
-    if interval is not None:
-        near = interval[0] <= max(ends) and interval[1] >= min(ends)
+    if kind.startswith("interval"):
+        holds, near = met(interval, limit), interval[0] <= limit < interval[1]
+    elif interval is not None:
+        some = (*interval, *np.clip(ends, *interval))  # one of them meets it, if any part does
+        holds, near = met(value, limit), any(met(v, limit) for v in some)
     else:
-        near = any(abs(value - end) <= 0.1 * abs(end) for end in ends)
-    return "partly" if near else no
+        holds, near = met(value, limit), any(abs(value - end) <= 0.1 * abs(end) for end in ends)
+    return yes if holds else "partly" if near else no
 
 
 def show_number(value):

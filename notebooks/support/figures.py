@@ -34,8 +34,9 @@ def style():
 def save(figure, name, profile, **numbers):
     """Write runs/<profile>/figures/<name>.png and the plotted numbers as <name>.json; return it.
 
-    What a notebook shows is the file itself, so the two can not differ. A palette of 128 colours
-    keeps sheets of pictures small. A plot is also written as PDF, and its PNG says that it is one.
+    What a notebook shows is the file itself, so the two can not differ. A palette of 256 colours
+    keeps sheets of pictures small; a plot keeps its colours. It is also written as PDF, and its PNG
+    says that it is one.
     """
     path = folder("runs", profile, "figures") / f"{name}.png"
     rasters = AxesImage, BboxImage, FigureImage  # a photograph, a digit, or a map of values
@@ -51,7 +52,9 @@ def save(figure, name, profile, **numbers):
         stored.write(path.with_suffix(".pdf"), print_.getvalue())
     figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 145))
     plt.close(figure)
-    Raster.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True, pnginfo=info)
+    image = Raster.open(buffer).convert("RGB")
+    image = image if plot else image.quantize(256)
+    image.save(small, "png", optimize=True, pnginfo=info)
     stored.write(path, small.getvalue())
     if numbers:
         stored.write(path.with_suffix(".json"), json.dumps(plain(numbers)) + "\n")
@@ -66,12 +69,15 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", symlog=None)
     """
     from support.evaluation import agreement as measured
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 4), squeeze=False)
     values = np.array(list(panels.values()), float)
     ends = np.nanmin(values), np.nanmax(values)
     passed = np.array([-1, 1]) * ends  # how far each side goes; `last`: its last power of ten
     sides = zip((-1, 1), passed, strict=True)
     last = [s * 10.0 ** np.floor(np.log10(e)) for s, e in sides if e > (symlog or 0)]
+    bent = symlog is not None and bool(max(passed) > symlog)  # partly logarithmic axes
+    ticks = np.unique([0, *last, *(np.sign(last) * (symlog or 0))])
+    unit += f",\nlogarithmic beyond {symlog:g}" if bent else ""
     cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
@@ -81,9 +87,9 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", symlog=None)
         axis.set(title=title, xlabel=f"predicted change ({unit})", box_aspect=1)
         axis.locator_params(nbins=3)  # more labels overlap
         for scale, one in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
-            if symlog and max(passed) > symlog:
+            if bent:
                 scale("symlog", linthresh=symlog)
-                one.set_major_locator(FixedLocator([0, *last]))
+                one.set_major_locator(FixedLocator(ticks))
             one.set_major_formatter("{x:g}")
         axis.label_outer()  # the line's ends give all axes the same limits
     axes[0, 0].set_ylabel(f"actual change ({unit})")
@@ -138,4 +144,5 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
 def captions(table, rows, nats):
     """Return captions for rows of a manifest: index and kind, below them the influence in nats."""
     kinds = table["subtype"].str.replace("_", " ").iloc[rows]
-    return [f"{i} {k}\n{v:+.2g}" for i, k, v in zip(rows, kinds, nats, strict=True)]
+    rounded = (float(f"{v:.2g}") for v in nats)  # so that 120 is not shown as 1.2e+02
+    return [f"{i} {k}\n{v:+g}" for i, k, v in zip(rows, kinds, rounded, strict=True)]

@@ -68,12 +68,13 @@ def published_page():
     figures/published.yaml says of each what it shows, which claims decide, and why ours differs.
     """
     claims = written(committed("real")).set_index("id")
-    lines = [_markdown_row(["figure", "shows", "published", "ours, real data", "verdict", "why"])]
-    lines.append("|" + " --- |" * 6)
+    columns = ["figure", "shows", "published", "asked of ours", "ours, real data", "verdict", "why"]
+    lines = [_markdown_row(columns), "|" + " --- |" * len(columns)]
     for row in yaml.safe_load((ROOT / "figures" / "published.yaml").read_text(encoding="utf-8")):
         own = claims.loc[row["claims"]]
         cells = [_link(own["notebook"].iloc[0], row["figure"]), row["shows"]]
-        cells += ["; ".join(map(show_number, own["published"])), "; ".join(own["shown"])]
+        cells += ["; ".join(map(show_number, own["published"]))]
+        cells += ["; ".join(dict.fromkeys(own["criterion"])), "; ".join(own["shown"])]
         outcomes = own["verdict"].value_counts()
         told = [f"{name} ({k} of {len(own)})" for name, k in outcomes.items()]
         cells += [outcomes.index[0] if len(outcomes) == 1 else ", ".join(told), row["why"]]

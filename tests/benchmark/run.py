@@ -323,6 +323,7 @@ def draw_errors(rows, path):
     table = pd.DataFrame(rows)
     table = table[table["method"].str.contains("@")].rename(columns=COLUMNS)
     table["library"] = table["method"].str.split().str[0]
+    table["task"] = table["task"].map(lambda task: NAMES[task].split(",")[0])
     table = table.melt(
         ["task", "library", "relative error"], [*COLUMNS.values()], "time", "seconds"
     )
@@ -334,6 +335,7 @@ def draw_errors(rows, path):
     )  # fmt: skip
     grid.set(xscale="log", yscale="log").set_titles("{row_name}, {col_name}")
     grid.axes[0, 0].invert_xaxis()
+    grid.set_xlabels("relative error (falls to the right)")
     for axis in grid.axes.flat:
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")

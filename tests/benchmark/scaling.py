@@ -11,7 +11,7 @@ s_test of 2 test points by CG with the Gauss-Newton matrix, EK-FAC's factors and
 Dense and Conv2D layers, the influences.
 
 Each row is a process of its own; memory is the peak of anonymous pages above the state after
-imports. Writes figures/demo/scaling.json. One row alone (20000, digits, MobileNetV2, ...) is
+imports. Writes figures/demo/scaling.json. One row alone (20000, digits, MobileNetV2@96, ...) is
 measured and printed only. `--folder` needs 8.2 GB for the largest n and is left empty.
 """
 
@@ -50,8 +50,9 @@ from support.stored import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
-SIZES, OTHERS = [2_000, 20_000, 200_000, 1_000_000], ["digits", "MobileNetV2", "InceptionV3"]
-PICTURES, SIDE = 16, 96
+SIZES, OTHERS = [2_000, 20_000, 200_000, 1_000_000], ["digits"]
+PICTURES = {96: 16, 299: 4}  # of a side, how many
+OTHERS += ["MobileNetV2@96", "InceptionV3@96", "InceptionV3@299"]
 
 
 def write(path, n):
@@ -144,9 +145,13 @@ def measure_digits():
 
 
 def measure_backbone(name):
-    """Return the same for the parameters of a whole backbone with a head of two logits."""
-    rng, shape = np.random.default_rng(0), (SIDE, SIDE, 3)
-    x, y = rng.normal(size=(PICTURES, *shape)).astype("float32"), np.arange(PICTURES) % 2
+    """Return the same for the parameters of a whole backbone with a head of two logits.
+
+    name : of the backbone, "@", and the side of the pictures.
+    """
+    name, side = name.split("@")
+    shape, n = (int(side), int(side), 3), PICTURES[int(side)]
+    x, y = np.random.default_rng(0).normal(size=(n, *shape)).astype("float32"), np.arange(n) % 2
     build = getattr(keras.applications, name)
     body = build(include_top=False, weights=None, input_shape=shape, pooling="avg")
     model = keras.Model(body.input, keras.layers.Dense(2)(body.output))
@@ -166,7 +171,7 @@ def measure_backbone(name):
         }
         results, seconds = timed(works)
     assert results["cg"].converged.all()
-    about = {"backbone": name, "p": whole.p, "p_ekfac": part.p, "pictures": PICTURES, "side": SIDE}
+    about = {"backbone": name, "p": whole.p, "p_ekfac": part.p, "pictures": n, "side": int(side)}
     steps = int(np.max(results["cg"].steps))
     return about | seconds | {"cg_steps": steps, "megabytes": round(peak[0])}
 
