@@ -35,8 +35,8 @@ def save(figure, name, profile, **numbers):
     """Write runs/<profile>/figures/<name>.png and the plotted numbers as <name>.json; return it.
 
     What a notebook shows is the file itself, so the two can not differ. A palette of 256 colours
-    keeps sheets of pictures small; a plot keeps its colours. It is also written as PDF, and its PNG
-    says that it is one.
+    keeps it small; that of a plot spares the rare colours. A plot is also written as PDF, and its
+    PNG says that it is one.
     """
     path = folder("runs", profile, "figures") / f"{name}.png"
     rasters = AxesImage, BboxImage, FigureImage  # a photograph, a digit, or a map of values
@@ -53,7 +53,7 @@ def save(figure, name, profile, **numbers):
     figure.savefig(buffer, dpi=getattr(figure, "file_dpi", 145))
     plt.close(figure)
     image = Raster.open(buffer).convert("RGB")
-    image = image if plot else image.quantize(256)
+    image = image.quantize(256, Raster.Quantize.MAXCOVERAGE if plot else None)
     image.save(small, "png", optimize=True, pnginfo=info)
     stored.write(path, small.getvalue())
     if numbers:
