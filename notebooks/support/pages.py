@@ -74,7 +74,8 @@ def published_page():
         own = claims.loc[row["claims"]]
         cells = [_link(own["notebook"].iloc[0], row["figure"]), row["shows"]]
         cells += ["; ".join(map(show_number, own["published"]))]
-        cells += ["; ".join(dict.fromkeys(own["criterion"])), "; ".join(own["shown"])]
+        asked = own["criterion"].str.replace("(interval holds) .*", r"\1 it", regex=True)
+        cells += ["; ".join(dict.fromkeys(asked)), "; ".join(own["shown"])]
         outcomes = own["verdict"].value_counts()
         told = [f"{name} ({k} of {len(own)})" for name, k in outcomes.items()]
         cells += [outcomes.index[0] if len(outcomes) == 1 else ", ".join(told), row["why"]]
