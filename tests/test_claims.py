@@ -201,6 +201,17 @@ def test_figures_store_their_numbers(tmp_path):
     assert not plt.get_fignums()
 
 
+def test_the_palette_of_a_plot_keeps_a_rare_colour():
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.9, 4))
+    axis.scatter(*np.random.default_rng(0).normal(size=(2, 3000)), c=np.arange(3000), alpha=0.7)
+    axis.plot(0, 3.5, "s", color="#ff00ff", ms=4)
+    shown = cv2.imdecode(np.frombuffer(figures.save(figure, "00_plot", "demo").data, np.uint8), 1)
+    away = np.abs(shown.astype(int) - (255, 0, 255)).max(2)
+    assert away.min() <= 8
+
+
 @pytest.mark.parametrize("draw", ["imshow", "figimage", "inset"])
 def test_a_figure_with_any_raster_is_no_plot(tmp_path, draw):
     import matplotlib.pyplot as plt
