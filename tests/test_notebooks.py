@@ -33,6 +33,13 @@ def test_executed_top_to_bottom(name):
 
 
 @every
+def test_no_widget_that_captures_outputs(name):
+    """nbclient, and so papermill, answers an Output widget and now and then never goes on."""
+    for cell in code(name):
+        assert not re.search(r"\b(interact\w*|Output)\(", cell.source), cell.source
+
+
+@every
 def test_no_errors_no_stderr_and_no_widgets(name):
     outputs = [o for c in code(name) for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
