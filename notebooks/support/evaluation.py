@@ -100,7 +100,7 @@ class Mean(NamedTuple):
         return [self.mean - self.half, self.mean + self.half]
 
     def __str__(self):
-        return f"{self.mean:.3f} ± {self.half:.3f}"
+        return f"{self.mean:.3f}" + f" ± {self.half:.3f}" * bool(np.isfinite(self.half))
 
 
 class Area(Mean):

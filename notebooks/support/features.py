@@ -34,6 +34,11 @@ def load_backbone(name, *, weights="imagenet", size=None):
         it is missing, the error says where to get it), a file, the name of one in the folder
         "models" of KERAS_HOME, or None for random weights.
     """
+    if size and (name == "demo" or str(name).endswith(".keras")):
+        known = load_backbone(name)
+        if known.size != size:
+            raise ValueError(f"{name} takes pictures of {known.size} pixels a side, not of {size}.")
+        return known
     if name == "demo":
         return _in_float64(_from_file(stored.ROOT / "data" / "embedded" / "demo_backbone.keras"))
     if str(name).endswith(".keras"):

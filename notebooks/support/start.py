@@ -61,3 +61,9 @@ def start(profile="demo", seed=0, *, threads=None):
         tqdm.auto.tqdm.__init__ = partialmethod(tqdm.auto.tqdm.__init__, disable=True)
     figures.style()
     np.set_printoptions(precision=3, suppress=True)
+
+
+def require(holds, words):
+    """Raise ValueError with the words, which say what a parameter must be, where it is not so."""
+    if not holds:
+        raise ValueError(words)
