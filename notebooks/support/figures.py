@@ -75,9 +75,12 @@ def agreement(panels, *, unit="nats", colour=None, colour_label="", symlog=None)
     passed = np.array([-1, 1]) * ends  # how far each side goes; `last`: its last power of ten
     sides = zip((-1, 1), passed, strict=True)
     last = [s * 10.0 ** np.floor(np.log10(e)) for s, e in sides if e > (symlog or 0)]
-    bent = symlog is not None and bool(max(passed) > symlog)  # partly logarithmic axes
-    ticks = np.unique([0, *last, *(np.sign(last) * (symlog or 0))])
-    unit += f",\nlogarithmic beyond {symlog:g}" if bent else ""
+    bent, ticks = symlog is not None and max(passed) > symlog, [0, *last]
+    if bent:
+        unit += f",\nlogarithmic beyond {symlog:g}"
+        more = np.unique([*ticks, *(np.sign(last) * symlog)])
+        if max(passed) <= 100 * symlog and len(more) * len(f"{symlog:g}") <= 16:  # there is room
+            ticks = more
     cmap = None if colour is None else "viridis"
     for axis, (name, (predicted, actual)) in zip(axes[0], panels.items(), strict=True):
         found = measured(predicted, actual)
