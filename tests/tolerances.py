@@ -62,7 +62,7 @@ TABLE = [
     ),
     Tolerance(
         "flat directions of a network",
-        r"15/(polished|validated_r|last_layer_suffices)",
+        r"15/(polished|last_layer_suffices)",
         relative=0.15,
         absolute=0.03,
         whole=0,

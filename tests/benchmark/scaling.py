@@ -50,9 +50,9 @@ from support.stored import ROOT
 
 D, M, K, ILSVRC = 2048, 10, 50, 1_281_167
 ROWS = 5_000  # written at a time
-SIZES, OTHERS = [2_000, 20_000, 200_000, 1_000_000], ["digits"]
+SIZES = [2_000, 20_000, 200_000, 1_000_000]
+OTHERS = ["digits", "MobileNetV2@96", "InceptionV3@96", "InceptionV3@299"]
 PICTURES = {96: 16, 299: 4}  # of a side, how many
-OTHERS += ["MobileNetV2@96", "InceptionV3@96", "InceptionV3@299"]
 
 
 def write(path, n):
