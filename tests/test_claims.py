@@ -162,7 +162,8 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     readme = tmp_path / "README.md"
     frame = "before\n<!-- published -->\nold\n<!-- end published -->\nbetween\n"
     frame += "<!-- notebooks -->\nold\n<!-- end notebooks -->\nafter\n"
-    listed = [{"figure": "Fig. 9", "shows": "It.", "claims": ["a", "b"], "why": "So."}]
+    listed = [{"figure": "Fig. 9", "shows": "It.", "claims": {"a": "one", "b": "two"}}]
+    listed[0]["why"] = "So."
     (tmp_path / "figures" / "published.yaml").write_text(yaml.dump(listed), encoding="utf-8")
     readme.write_text(frame, encoding="utf-8")
     pages.update_readme(readme)
@@ -173,7 +174,8 @@ def test_readme_and_verdict_page_are_rewritten_from_what_is_committed(tmp_path):
     assert f"| [04](notebooks/04_influence.ipynb) | Why? | {answer} | {told} | {told} |" in text
     assert f"| [05](notebooks/05_other.ipynb) | Why? | {answer} | - | - | - | - |" in text
     assert text.startswith("before\n")
-    told = "1.5; - | at least 1 | 1.23; 0.95 | reproduced (1 of 2), partly (1 of 2)"
+    told = "1.5<br>- | one: 1.23; at least 1<br>two: 0.95; at least 1 "
+    told += "| reproduced (1 of 2), partly (1 of 2)"
     assert f"| [Fig. 9](notebooks/04_influence.ipynb) | It. | {told} | So. |" in text
     assert text.endswith("after\n")
     page = (tmp_path / "figures" / "demo" / "VERDICTS.md").read_text(encoding="utf-8")

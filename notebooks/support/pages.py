@@ -68,14 +68,16 @@ def published_page():
     figures/published.yaml says of each what it shows, which claims decide, and why ours differs.
     """
     claims = written(committed("real")).set_index("id")
-    columns = ["figure", "shows", "published", "asked of ours", "ours, real data", "verdict", "why"]
+    columns = ["figure", "shows", "published", "ours, real data; bound", "verdict", "why"]
     lines = [_markdown_row(columns), "|" + " --- |" * len(columns)]
     for row in yaml.safe_load((ROOT / "figures" / "published.yaml").read_text(encoding="utf-8")):
-        own = claims.loc[row["claims"]]
+        own = claims.loc[list(row["claims"])]
         cells = [_link(own["notebook"].iloc[0], row["figure"]), row["shows"]]
-        cells += ["; ".join(map(show_number, own["published"]))]
-        asked = own["criterion"].str.replace("(interval holds) .*", r"\1 it", regex=True)
-        cells += ["; ".join(dict.fromkeys(asked)), "; ".join(own["shown"])]
+        known = own["published"].notna().any()
+        cells += ["\n".join(map(show_number, own["published"])) if known else "-"]
+        words = [f"{word}: " for word in row["claims"].values()] if len(own) > 1 else [""]
+        told = words + own["shown"] + "; " + own["criterion"].map(_three_digits)
+        cells += ["\n".join(told)]
         outcomes = own["verdict"].value_counts()
         told = [f"{name} ({k} of {len(own)})" for name, k in outcomes.items()]
         cells += [outcomes.index[0] if len(outcomes) == 1 else ", ".join(told), row["why"]]
@@ -121,8 +123,12 @@ def is_plot(path):
         return False
 
 
+def _three_digits(text):
+    return re.sub(r"\d*\.\d{4,}", lambda number: f"{float(number[0]):.3g}", text)
+
+
 def _markdown_row(cells):
-    cells = [cell.replace("<", "&lt;").replace("|", r"\|") for cell in cells]
+    cells = [cell.replace("<", "&lt;").replace("|", r"\|").replace("\n", "<br>") for cell in cells]
     return f"| {' | '.join(cells)} |"
 
 
