@@ -56,14 +56,14 @@ def head_of(objective):
 def fit_head(objective, *, tol=1e-10, max_steps=100):
     """Set the head's parameters to the minimum of L and return a Fit.
 
-    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol, and
-    converged only if the next step is short too. Directions in which L is flat (the shift of a
-    softmax's biases together) are left as they are. A model stored in float32 keeps only 7 digits
-    of the minimum: the Fit has the gradient norm before and after.
+    Newton's method with an Armijo line search, float64, until the gradient norm is <= tol, or what
+    rounding leaves of it, and converged only if the next step is short too. Directions in which L
+    is flat (the shift of a softmax's biases together) are left as they are. A model stored in
+    float32 keeps only 7 digits of the minimum: the Fit has the gradient norm before and after.
     """
     head, tol = head_of(objective), checks.number("tol", tol)
     derivatives.warn_of_doubts(objective)
-    if not (objective.decay > 0).any():
+    if objective.loss.is_cross_entropy and not (objective.decay > 0).any():
         raise ValueError(
             "Without weight decay a separable problem has no minimum: pass "
             "weight_decay > 0 (the thesis uses 1e-3)."
@@ -75,7 +75,7 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     objective.theta = theta
     norm = float(np.linalg.norm(head.gradient(objective.theta)))
     settled = step <= 1e-3 * max(1.0, np.linalg.norm(theta))
-    converged = exact <= max(tol, 1e-10) and settled
+    converged = exact <= max(tol, 1e-10, head.rounding(theta)) and settled
     return Fit(norm, steps, head.loss(objective.theta), bool(converged), exact, step)
 
 
@@ -87,10 +87,18 @@ def newton(head, theta, tol, max_steps, **left_out):
     loss = head.loss(theta, **left_out)
     for step in range(max_steps):
         gradient = head.gradient(theta, **left_out)
-        if np.linalg.norm(gradient) <= tol:
+        norm = np.linalg.norm(gradient)
+        if norm <= tol or norm <= head.rounding(theta, **left_out):
             return theta, step
-        rtol = min(0.1, np.sqrt(np.linalg.norm(gradient)))  # tighter as the gradient falls
-        direction = newton_direction(head, theta, gradient, left_out, rtol)
+        rtol = min(0.1, np.sqrt(norm))  # tighter as the gradient falls
+        try:
+            direction = newton_direction(head, theta, gradient, left_out, rtol)
+        except np.linalg.LinAlgError:  # unscaled features saturate all outputs of a random start
+            theta, before = np.zeros_like(theta), loss
+            loss = head.loss(theta, **left_out)
+            if loss >= before:
+                raise
+            continue
         theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
     return theta, max_steps
 

@@ -237,6 +237,17 @@ class Head:
         r = self.residuals(self.y, self.outputs(self.phi, theta)) * self._share(weight, n)[:, None]
         return gemm(self.phi.T, r).ravel() + self.decay * theta
 
+    def rounding(self, theta, *, weight=None, n=None):
+        """Return a bound of what rounding leaves of the norm of `gradient` at a minimum."""
+        length, outputs = (
+            np.sqrt(np.einsum("nd,nd->n", self.phi, self.phi)),
+            self.outputs(self.phi, theta),
+        )
+        size = length[:, None] * np.linalg.norm(theta.reshape(self.d, self.c), axis=0)
+        r = np.abs(self.residuals(self.y, outputs)) + np.abs(self.bend(self.y, outputs, size))
+        terms = self._share(weight, n) @ (length * r.sum(1)) + np.linalg.norm(self.decay * theta)
+        return float(np.finfo(float).eps * terms)
+
     def loss(self, theta, *, weight=None, n=None):
         """Return the training loss at theta, the regulariser included."""
         values = self.losses(self.y, self.outputs(self.phi, theta))
@@ -298,6 +309,10 @@ class StreamedHead(Head):
     def gradient(self, theta):
         """Return the gradient of the whole objective at theta, (p,)."""
         return self._sum(Head.gradient, theta)
+
+    def rounding(self, theta):
+        """Return a bound of what rounding leaves of the norm of `gradient` at a minimum."""
+        return self._sum(Head.rounding, theta)
 
     def loss(self, theta):
         """Return the training loss at theta, the regulariser included."""

@@ -22,9 +22,8 @@ from .gradients import (
     second_derivative,
 )
 from .hessian import as_operator
-from .linalg import Factor, damped
 from .objective import compiled
-from .solvers import Solution, solve
+from .solvers import Solution, factored, solve
 
 
 def s_test(H, x_test, y_test, solver=None, *, damping="auto"):
@@ -151,7 +150,7 @@ def self_influence(H, x, y, *, damping=0.0):
     objective = (rounded and H.objective.in_float64()) or H.objective
     H = type(H)(objective)
     x, y = objective.examples(x, y)
-    factor = Factor(damped(H.dense(), checks.number("damping", damping)))
+    _, factor = factored(H, checks.number("damping", damping))
     step = objective.data.affordable(16 * objective.p)
     values = []
     for x_part, y_part, _ in objective.data.of(x, y, batch_size=step):

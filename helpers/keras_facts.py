@@ -3,9 +3,11 @@
 Each fact has a test in `tests/test_keras_facts.py` that fails when an upgrade changes it.
 """
 
+import random
 import re
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from threading import RLock
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -19,6 +21,7 @@ from keras.src.trainers.compile_utils import get_loss
 losses = keras.losses
 # Keras runs layers and losses as they are; AutoGraph would take as long as all other tracing
 traced = partial(tf.function, autograph=False, reduce_retracing=True)
+LOCK = RLock()
 SPARSE = {losses.sparse_categorical_crossentropy}
 BINARY = {losses.binary_crossentropy, losses.binary_focal_crossentropy}
 OF_LOGITS = SPARSE | {losses.binary_crossentropy, losses.categorical_crossentropy}
@@ -36,7 +39,7 @@ ELEMENTWISE = {  # losses that compare labels and predictions entry by entry
 @contextmanager
 def _replaced(*places):
     """Let attributes (object, name, value) have other values, inside this block only."""
-    with ExitStack() as stack:
+    with LOCK, ExitStack() as stack:  # two threads would put back each other's
         for place in places:
             stack.enter_context(patch.object(*place))
         yield
@@ -401,14 +404,22 @@ def end_of(model, x, variables):
             tied = tape.gradient(features, [v.value for v in variables])
             linear = before is logits_of(predictions) and before is after
             if all(g is None for g in tied) and (after is predictions or linear):
-                while features.op.type in ("Cast", "Identity"):  # to the type of a keras.Input
-                    features = features.op.inputs[0]
+                while _only_widens(features.op):
+                    features = features.op.inputs[0]  # what it was before the type of a keras.Input
                 direct = features is keras.tree.flatten(x)[0]
                 found[0] = End(dense, after is predictions, direct)
         return predictions
 
     traced(call).get_concrete_function(x)
     return found[0]
+
+
+def _only_widens(op):
+    """Return whether an operation gives its input on, in its own or a wider type."""
+    if op.type not in ("Cast", "Identity"):
+        return False
+    old, new = op.inputs[0].dtype, op.outputs[0].dtype
+    return old == new or (new.is_floating and (old.is_integer or old.size < new.size))
 
 
 def features_of(model, dense, x):
@@ -461,7 +472,7 @@ def _tensors(structure):
 
 def is_kernel(variable):
     """Return whether a variable multiplies inputs: rank two or more, no bias, scale or offset."""
-    added = r"(.*_)?(bias|b|gamma|beta|alpha|scale|offset|shift)\d*(_\d+)?"
+    added = r"(b|(.*_)?(bias|gamma|beta|alpha|scale|offset|shift))\d*(_\d+)?"
     return len(variable.shape) >= 2 and not re.fullmatch(added, variable.name.lower())
 
 
@@ -487,7 +498,7 @@ def in_float64(model, x):
             return keras.layers.Lambda(layer.function, dtype="float64", **known)
         return type(layer).from_config(widened(layer.get_config()))
 
-    floatx = keras.config.floatx()
+    floatx, drawn = keras.config.floatx(), random.getstate()
     with suppress(Exception):  # any layer of the user's may refuse to be rebuilt
         keras.config.set_floatx("float64")
         try:
@@ -495,10 +506,15 @@ def in_float64(model, x):
             if not copy.built:
                 copy(x, training=False)
             copy.set_weights(model.get_weights())
-            same = [np.asarray(_tensors(m(x, training=False))[0]) for m in (copy, model)]
+            with tf.GradientTape() as tape:
+                mine = np.asarray(_tensors(copy(x, training=False))[0])
+            theirs = np.asarray(_tensors(model(x, training=False))[0])
         finally:
             keras.config.set_floatx(floatx)
-        alike = np.allclose(*same, rtol=1e-3, atol=1e-4 * np.abs(same[1]).max(initial=0))
-        if alike and {v.dtype for v in copy.trainable_variables} == {"float64"}:
+            random.setstate(drawn)  # Keras seeds initialisers from it
+        own = {v.value.ref() for v in model.weights}
+        tied = any(v.ref() in own for v in tape.watched_variables())  # held by a Lambda
+        alike = np.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max(initial=0))
+        if alike and not tied and {v.dtype for v in copy.trainable_variables} == {"float64"}:
             return copy
     return None

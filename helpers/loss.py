@@ -53,7 +53,7 @@ class ExampleLoss:
         Keras takes the logits of a last softmax or sigmoid whatever `from_logits` says.
         """
         known = keras_facts.function_of(self.object) in keras_facts.OF_LOGITS
-        return known and bool(self.activation or self.object.get_config()["from_logits"])
+        return known and bool(self.activation or self.object.get_config().get("from_logits"))
 
     def __call__(self, x, y):
         """Return the loss of each example of a batch, (b,), in nats for cross-entropies."""

@@ -66,10 +66,10 @@ class Objective:
     weight_decay : float, optional
         wd of (wd/2)||theta_decayed||^2. None takes the model's own L2 regularisers
         (Keras' `l2(c)` is wd = 2c); giving both is refused, since they would count twice.
-    decayed : "kernels", "all", or a list of variables or their names
+    decayed : "kernels", "all", or a list of layers, variables, or names of either
         What `weight_decay` applies to; "kernels" are the variables of rank two or more that are no
         bias, scale or offset.
-    parameters : None (all trainable), "last_layer", or a list of layer names or variables
+    parameters : None (all trainable), "last_layer", or a list of layers, their names, or variables
         "last_layer" is the layer with parameters from which alone the predictions come.
     sample_weight : (n,), optional; finite, not negative
     batch_size : int, optional

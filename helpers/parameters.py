@@ -17,17 +17,17 @@ def selected(model, parameters, x):
     elif isinstance(parameters, str):
         raise ValueError(
             f"parameters='{parameters}' is not known: use None, 'last_layer', or a "
-            "list of layer names or variables."
+            "list of layers, their names, or variables."
         )
     else:
         layers, chosen = keras_facts.all_layers(model), []
-        for q in parameters:
-            named = [la for la in layers if la.name == q] if isinstance(q, str) else []
-            if isinstance(q, str) and len(named) != 1:
+        for q in _listed(parameters):
+            named = [la for la in layers if la.name == q] if isinstance(q, str) else [q]
+            if len(named) != 1:
                 count = f"{len(named)} layers are" if named else "No layer is"
                 every = sorted({la.name for la in layers})
                 raise ValueError(f"{count} called {q}: pass variables, or one of {every}.")
-            chosen += named[0].trainable_variables if named else [q]
+            chosen += _variables(named[0])
     unique = list({id(v): v for v in chosen}.values())  # a shared layer is listed once
     if not unique:
         raise ValueError("No trainable parameter is selected: are all layers frozen?")
@@ -38,6 +38,23 @@ def selected(model, parameters, x):
             stacklevel=3,
         )
     return unique
+
+
+def _listed(chosen):
+    """Return what was chosen as a list: one layer or variable may come alone."""
+    return [chosen] if isinstance(chosen, (keras.layers.Layer, keras.Variable)) else chosen
+
+
+def _variables(chosen):
+    """Return the variables of a layer, or of a variable itself."""
+    if isinstance(chosen, keras.Variable):
+        return [chosen]
+    if isinstance(chosen, keras.layers.Layer):
+        return chosen.trainable_variables
+    raise TypeError(
+        f"A {type(chosen).__name__} is no layer, name of a layer, or Keras variable (of a "
+        "layer: layer.trainable_variables)."
+    )
 
 
 def common_dtype(model, variables):
@@ -101,13 +118,14 @@ def _decayed(layers, variables, decayed):
     if isinstance(decayed, str):
         raise ValueError(f"decayed='{decayed}' is not known: 'kernels', 'all' or variables.")
     found = set()
-    for each in decayed:
+    for each in _listed(decayed):
         if isinstance(each, str):
             those = [v for v in variables if f"/{v.path}".endswith(f"/{each}")]
             inside = {id(v) for la in layers if la.name == each for v in la.trainable_variables}
             those = those or [v for v in variables if id(v) in inside]
         else:
-            those = [v for v in variables if v is each]
+            own = {id(v) for v in _variables(each)}
+            those = [v for v in variables if id(v) in own]
         if not those:
             raise ValueError(
                 f"decayed names {getattr(each, 'path', each)}, which is none of the selected "

@@ -164,7 +164,7 @@ class Removals:
 
         batch : points at a time; by default what fits the objective's memory budget, at most 500.
         """
-        rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
+        rows, tol = checks.rows(rows, self.head.n), self._tolerance(tol)
         batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
         thetas, norms = np.empty((len(self.theta), len(rows))), np.empty(len(rows))
         starts = range(0, len(rows), batch)
@@ -174,6 +174,9 @@ class Removals:
             norms[part] = np.linalg.norm(self._left_out_gradient(end, rows[part]), axis=0)
         self._keep(norms, tol)
         return thetas
+
+    def _tolerance(self, tol):
+        return max(checks.number("tol", tol), 2 * self.head.rounding(self.theta))
 
     def _keep(self, norms, tol):
         """Keep the gradient norms of refits, and warn of those above the tolerance."""
@@ -208,7 +211,7 @@ class Removals:
         refits = [newton(self.head, self.theta, tol, 100, **left)[0] for left in bar]
         pairs = zip(refits, left_out, strict=True)
         norms = [np.linalg.norm(self.head.gradient(theta, **left)) for theta, left in pairs]
-        self._keep(np.array(norms), tol)
+        self._keep(np.array(norms), self._tolerance(tol))
         return np.stack(refits, axis=1)
 
     def _without(self, rows):

@@ -20,6 +20,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 
 from . import checks, derivatives
+from .fit import factor_of
 from .gradients import by_differences, has_rows
 from .hessian import GaussNewton, as_operator
 from .keras_facts import traced
@@ -192,7 +193,9 @@ class Solver:
     approximate: ClassVar[float | None] = None  # the rtol of a solver that is no exact one
 
     def usual_rtol(self, H):
-        rounded = H.precision == "float32" or (H.objective and by_differences(H.objective))
+        o, rounded = H.objective, H.precision == "float32"
+        if o and not o.head:  # LoRA's variables are float32 in a float64 model
+            rounded |= by_differences(o) or "float32" in {v.dtype for v in o.variables}
         return self.approximate or (1e-4 if rounded else 1e-8)
 
     def run(self, H, b):
@@ -209,14 +212,23 @@ class Cholesky(Solver):
     """
 
     def run(self, H, b):
-        a = damped(H.dense(), self.damping)
+        a, factor = factored(H, self.damping)
         exact = a.__matmul__ if _is_exact(H) else None
-        return Factor(a).solve(b), {"largest": np.abs(a).sum(0).max(), "product": exact}
+        return factor.solve(b), {"largest": np.abs(a).sum(0).max(), "product": exact}
+
+
+def factored(H, damping):
+    """Return H + damping I as a matrix (p, p), and its Cholesky factor.
+
+    Undamped, what is flat in a head's loss is filled up: no gradient has a component there.
+    """
+    a, head = damped(H.dense(), damping), H.objective and H.objective.head
+    return a, factor_of(head, a) if head and not damping else Factor(a)
 
 
 @dataclass(frozen=True)
 class Eigh(Solver):
-    """x = Q (Lambda + damping)^-1 Q' b from all eigenvalues of the dense H.
+    """x = Q (Lambda + damping)^-1 Q' b from all eigenvalues of the dense H that are not zero.
 
     Negative ones are no obstacle to the formula; the certificate reports them.
     """
@@ -224,8 +236,9 @@ class Eigh(Solver):
     def run(self, H, b):
         a = damped(H.dense(), self.damping)
         values, q = scipy.linalg.eigh(a)
-        inverse = np.divide(1.0, values, out=np.zeros_like(values), where=values != 0)
-        known = {"negative": np.full(b.shape[1], values[0] <= 0)}
+        zero = len(values) * np.finfo(float).eps * np.abs(values).max()
+        inverse = np.divide(1.0, values, out=np.zeros_like(values), where=np.abs(values) > zero)
+        known = {"negative": np.full(b.shape[1], values[0] < -zero)}
         known |= {"spectrum": (values[0], values[-1])}
         known["product"] = a.__matmul__ if _is_exact(H) else None
         return q @ ((q.T @ b) * inverse[:, None]), known

@@ -39,13 +39,15 @@ class Damping(NamedTuple):
 def spectrum(H, *, steps=40, seed=0, rows=None):
     """Return the Spectrum of H from `steps` products.
 
-    Lanczos with full reorthogonalisation, vectors in float64. `rows` takes H of those training
-    examples only.
+    Lanczos with full reorthogonalisation, vectors in float64, without the directions in which a
+    head's loss is flat. `rows` takes H of those training examples only.
     """
     H = as_operator(H)
     p, product = H.shape[0], products_of_rows(H, rows)
-    start = np.random.default_rng(seed).normal(size=(p, 1))
-    alphas, betas = _lanczos(product, start, min(steps, p))
+    start, head = np.random.default_rng(seed).normal(size=(p, 1)), H.objective and H.objective.head
+    flat = head.flat if head else np.zeros((p, 0))
+    start -= flat @ (flat.T @ start)
+    alphas, betas = _lanczos(product, start, min(steps, p - flat.shape[1]), flat)
     values, vectors = scipy.linalg.eigh_tridiagonal(alphas, betas)  # from the smallest on
     return Spectrum(values, vectors[0] ** 2, values[0], values[-1], len(alphas))
 
@@ -63,10 +65,13 @@ def products_of_rows(H, rows):
     return lambda v: graph(v, tf.constant(rows))
 
 
-def _lanczos(product, start, steps):
-    """Return the diagonal and off-diagonal of the tridiagonal matrix of one Lanczos run."""
+def _lanczos(product, start, steps, without):
+    """Return the diagonal and off-diagonal of the tridiagonal matrix of one Lanczos run.
+
+    It stays orthogonal to the columns of `without`, as its start is.
+    """
     q = tf.constant(start / np.linalg.norm(start))
-    basis, alphas, betas = [q], [], []
+    basis, alphas, betas = [tf.constant(without), q], [], []
     for _ in range(steps):
         w = product(q)
         alphas.append(float(tf.reduce_sum(q * w)))
@@ -86,22 +91,23 @@ def choose_damping(H, *, steps=40, seed=0):
 
     H : a `Hessian` or `GaussNewton`, or an Objective for its Hessian.
 
-    Zero for a convex head whose every parameter decays. Otherwise from Lanczos: zero where
-    lambda_min is clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp by
-    about the size of the most negative eigenvalue; the margins are ours, since Lanczos sees
+    Zero for a convex head, unless Lanczos finds it singular where parameters do not decay; zero too
+    where lambda_min is clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp
+    by about the size of the most negative eigenvalue; the margins are ours, since Lanczos sees
     lambda_min from above. It can miss a lone negative eigenvalue; conjugate gradients then report
     negative curvature.
     """
     H = as_operator(H)
     head, decay = H.objective.head, H.objective.decay.min()
-    if head and decay > 0 and _is_convex(head, H.objective.theta):
+    convex = bool(head) and _is_convex(head, H.objective.theta)
+    if convex and decay > 0:
         reason = f"none needed: a convex head, every eigenvalue is at least the decay {decay:g}"
         return Damping(0.0, reason, None)
     seen = spectrum(H, steps=steps, seed=seed)
     low, high = seen.lambda_min, seen.lambda_max
     where = f"Lanczos saw eigenvalues from {low:.3g} to {high:.3g} in {seen.steps} products"
-    if low > 1e-3 * high:
-        return Damping(0.0, f"none needed: {where}", seen)
+    if low > (1e-13 if convex else 1e-3) * high:
+        return Damping(0.0, f"none needed: {'a convex head; ' * convex}{where}", seen)
     value = 1.5 * max(0.0, -low) + 1e-3 * high
     kind = "negative" if low < -1e-6 * high else "almost zero"
     return Damping(float(f"{value:.2g}"), f"{where}; the smallest is {kind}", seen)
