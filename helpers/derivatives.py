@@ -114,6 +114,8 @@ def _verdict(at, product, v, dtype):
     tol, bent = AGREE[dtype], None
     try:
         value, gradient, bent = product()
+        if np.isfinite(gradient).all() and not np.isfinite(bent).all():
+            bent = None
     except MISSING:  # an operation without a second derivative
         value, gradient = at(0.0)
     along, typical = gradient @ v, np.linalg.norm(gradient * v)
@@ -133,6 +135,7 @@ def _verdict(at, product, v, dtype):
             return "right", not bent.any()
     if not right:
         settled = abs(slopes[-1] - slopes[-2]) <= 0.1 * abs(along - slopes[-1])
+        settled &= bool(slopes[-1]) or not slopes[0]  # else the step is lost in rounding
         rounded = "rounded" if bent is None else "unclear"
         return "gradient" if settled else rounded, False
     settled = _apart(bends[-1], bends[-2]) <= 0.1 * _apart(bent, bends[-1])

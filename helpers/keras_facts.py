@@ -239,6 +239,8 @@ def unreduced(loss, y, predictions, dtype):
     cast = tf.cast(predictions, dtype)
     if cast is not predictions and logits is not None:
         cast._keras_logits = tf.cast(logits, dtype)
+    if len(predictions.shape) == 1:  # whose last axis Keras's losses would average away
+        cast, y = cast[:, None], y if len(y.shape) > 1 else y[:, None]
     call = loss.call if type(loss).__call__ is losses.Loss.__call__ else loss
     with _computing_in(loss, dtype), exact_derivatives():
         values = tf.convert_to_tensor(call(tf.cast(y, dtype), with_mask(cast, mask)))
@@ -305,6 +307,13 @@ def all_layers(model):
 def leaves(model):
     """Return the layers of a model that hold no other layer."""
     return [la for la in all_layers(model) if len(list(la._flatten_layers())) == 1]
+
+
+def constants(model):
+    """Return the sums of what Normalization layers hold as plain tensors, which graphs keep."""
+    held = (la for la in all_layers(model) if isinstance(la, keras.layers.Normalization))
+    pairs = ((getattr(la, "mean", None), getattr(la, "variance", None)) for la in held)
+    return [float(np.sum(a)) for pair in pairs for a in pair if a is not None]
 
 
 def is_known(layer):

@@ -55,7 +55,8 @@ class Objective:
     model : keras.Model
         Sequential, functional or subclassed, called with `training=False`: dropout is off,
         batch normalisation uses its moving statistics. Layers of a float64 model that resize
-        pictures in float32, as Keras's do, resize in float64 from then on.
+        pictures in float32, as Keras's do, resize in float64 from then on. One thread at a time:
+        probes and differences move the parameters, and put them back.
     loss : keras.losses.Loss, name, or callable (y_true, y_pred) -> (b,); optional
         What `compile` takes, and the same is meant: a loss object is used as it is, a function gets
         Keras's wrapper. One value an example, in nats for cross-entropies. None takes the compiled
@@ -136,6 +137,7 @@ class Objective:
         twice = keras.tree.map_structure(lambda a: tf.concat([a, a], 0), self.data.few(3)[:2])
         self.loss.hold_against_keras(*twice)  # a loss that couples examples minds equal ones
         self.loss.count_steps(self.data)
+        self._constants = keras_facts.constants(model)
 
     def _check_labels(self, y):
         checks.labels(self.loss.object, y, self.loss.predicted)
@@ -175,6 +177,7 @@ class Objective:
         for each in (part, part.data, part.loss):
             each.dtype = "float64"
         part.model = part.loss.model = model
+        part._constants = keras_facts.constants(model)
         part.variables = [model.weights[place[id(v)]] for v in self.variables]
         return part
 
@@ -188,6 +191,7 @@ class Objective:
 
     def examples(self, x, y):
         """Return (x, y) of examples to ask about as arrays, held against the training data."""
+        self._check_constants()
         x, y = keras.tree.map_structure(np.asarray, arrays(x)), np.asarray(one_array(y))
         checks.lengths(x, y)
         if not len(y):
@@ -259,10 +263,18 @@ class Objective:
         return None if self.derivatives.by_differences else self._closed_form
 
     def checked_head(self):
-        """Return the head; ValueError where its features are no longer those of the model."""
+        """Return the head; ValueError where graphs or features hold what has changed since."""
+        self._check_constants()
         if self.head:
             self.head.check_features()
         return self.head
+
+    def _check_constants(self):
+        if keras_facts.constants(self.model) != self._constants:
+            raise ValueError(
+                "A Normalization was adapted or loaded anew since this objective was bound, and "
+                "compiled graphs keep the old one: bind a new Objective."
+            )
 
     @cached_property
     def derivatives(self):

@@ -1,18 +1,28 @@
 """Ordinary models, losses and data whose numbers could be wrong without a word."""
 
+import random
+import threading
+import time
+import warnings
+
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
+from sklearn.datasets import load_breast_cancer, load_iris
 
 from helpers import (
     CG,
+    Eigh,
     GaussNewton,
     Hessian,
     Objective,
     Removals,
+    choose_damping,
     fit_head,
     influence_wrt_input,
+    keras_facts,
     predicted_loss_change,
     s_test,
     self_influence,
@@ -519,3 +529,175 @@ def test_labels_of_several_outputs_as_a_list():
     model = keras.Model(i, [layers.Dense(1)(i), layers.Dense(2)(i)])
     with pytest.raises(ValueError, match=r"several outputs\. Bind one"):
         Objective(model, "mse", X, [T, X[:, :2]], weight_decay=0.1)
+
+
+# ---------------------------------------------------------------- convex heads of raw data
+
+
+def softmax_of_iris():
+    x, y = load_iris(return_X_y=True)
+    objective = Objective(network(layers.Dense(3)), SPARSE, x, y, weight_decay=1e-3)
+    assert fit_head(objective).converged
+    return objective, x, y
+
+
+def test_a_convex_head_with_an_undecayed_bias_is_not_damped():
+    objective, x, y = softmax_of_iris()
+    solution = s_test(objective, x[::30], y[::30])
+    assert solution.converged.all()
+    assert solution.damping == 0
+    h, gradients = Hessian(objective).dense(), per_example_gradients(objective, x, y)
+    expected = np.linalg.lstsq(h, gradients[::30].T, rcond=1e-12)[0]
+    np.testing.assert_allclose(solution.x, expected, rtol=1e-6, atol=1e-8)
+    by_eigh = solve(objective, gradients[::30].T, Eigh(damping=0.0))
+    assert by_eigh.converged.all()
+    np.testing.assert_allclose(by_eigh.x, expected, rtol=1e-6, atol=1e-8)
+    own = (gradients * np.linalg.lstsq(h, gradients.T, rcond=1e-12)[0].T).sum(1)
+    np.testing.assert_allclose(self_influence(objective, x, y), own, rtol=1e-6, atol=1e-9)
+
+
+def test_a_fit_of_unscaled_features_does_not_fail_where_it_starts():
+    x, y = load_breast_cancer(return_X_y=True)
+    model, loss = network(layers.Dense(1), shape=(30,)), losses.BinaryCrossentropy(True)
+    assert np.abs(model.predict(x, verbose=0)).min() > 20  # every output is saturated
+    fits = [fit_head(Objective(model, loss, x, y, weight_decay=1e-3))]
+    model.set_weights([np.zeros_like(w) for w in model.get_weights()])
+    fits.append(fit_head(Objective(model, loss, x, y, weight_decay=1e-3)))
+    assert all(fit.converged for fit in fits)
+    assert fits[0].training_loss == pytest.approx(fits[1].training_loss, rel=1e-6)
+
+
+def test_large_losses_are_fitted_and_refitted_to_their_rounding():
+    rng, n = np.random.default_rng(0), 60
+    x = rng.uniform([40, 1950, 100], [200, 2020, 9000], (n, 3))
+    y = 1000 * (2 * x[:, 0] + 0.5 * (x[:, 1] - 1950) - 0.01 * x[:, 2] + 30 * rng.normal(size=n))
+    objective = Objective(network(layers.Dense(1), shape=(3,)), "mse", x, y, weight_decay=1e-3)
+    fit = fit_head(objective)
+    assert fit.converged
+    assert fit.exact_norm > 1e-8  # squares of dollars: no 1e-10 is to be had
+    design = np.hstack([x, np.ones((n, 1))])
+
+    def closed(rows):
+        a, k = design[rows], len(rows)
+        return np.linalg.solve(2 * a.T @ a / k + np.diag([1e-3] * 3 + [0]), 2 * a.T @ y[rows] / k)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        removals = Removals(objective)
+        refits = removals.exact(range(5))
+    for row, theta in enumerate(refits.T):
+        np.testing.assert_allclose(theta, closed(np.delete(np.arange(n), row)), rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["int32", "float16"])
+def test_a_cast_below_a_head_stays_a_cast(kind):
+    x = RNG.uniform(0, 5, (N, 4))
+    body = network(layers.Lambda(lambda t: ops.cast(t, kind)), layers.Dense(1))
+    for model in (body, network(layers.Dense(1), dtype="int32")):
+        objective = Objective(model, "mse", x, T, weight_decay=0.1)
+        assert objective.head.loss(objective.theta) == pytest.approx(objective.training_loss())
+
+
+# ---------------------------------------------------------------- other models
+
+
+def test_a_model_tied_by_a_lambda_has_no_copy_that_is_tied_to_it():
+    table = layers.Embedding(6, 3)
+    inputs = keras.Input((4,), dtype="int32")
+    hidden = layers.Dense(3, "tanh")(layers.GlobalAveragePooling1D()(table(inputs)))
+    tied = layers.Lambda(lambda t: ops.matmul(t, ops.transpose(table.embeddings)))
+    model = keras.Model(inputs, tied(hidden))
+    x, y = RNG.integers(0, 6, (N, 4)), RNG.integers(0, 6, N)
+    before = random.getstate()
+    objective = Objective(model, SPARSE, x, y, weight_decay=0.1)
+    assert objective.in_float64() is None
+    assert random.getstate() == before  # the user's next initialisers are as they would have been
+
+
+def test_both_factors_of_lora_decay():
+    model = mlp()
+    model.layers[0].enable_lora(2)
+    objective = Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters=model.layers[:1])
+    assert [v.name for v in objective.variables] == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    assert objective.decay.tolist() == [0] * 3 + [0.1] * (8 + 6)
+    assert s_test(objective, X[:2], Y[:2], damping=1.0).converged.all()  # float32 among float64
+
+
+def test_layers_may_be_named_by_themselves():
+    model = mlp()
+    last, kernel = model.layers[-1], model.layers[-1].kernel
+    for chosen in ([last], last, [last.name], last.trainable_variables):
+        objective = Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters=chosen)
+        assert objective.p == 12
+    assert Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters=kernel).p == 9
+    decayed = Objective(model, SPARSE, X, Y, weight_decay=0.1, decayed=last).decay
+    assert decayed.tolist() == [0] * 15 + [0.1] * 12
+    with pytest.raises(TypeError, match="no layer, name of a layer, or Keras variable"):
+        Objective(model, SPARSE, X, Y, parameters=[last.kernel.value])
+
+
+def test_a_loss_by_name_above_an_activation_of_ones_own_is_measured():
+    model = network(layers.Dense(1, "hard_sigmoid"))
+    model.layers[0].set_weights([0.1 * w for w in model.layers[0].get_weights()])
+    objective = Objective(model, "binary_crossentropy", X, B, weight_decay=0.1, decayed="all")
+    assert choose_damping(objective).value >= 0
+
+
+class Squares(losses.Loss):
+    def call(self, y, predictions):
+        return ops.mean((y - predictions) ** 2, axis=-1)
+
+
+def test_predictions_and_labels_without_a_last_axis_mean_what_keras_means():
+    inputs = keras.Input((4,))
+    outputs = mlp(1)(inputs)
+    flat = keras.Model(inputs, layers.Lambda(lambda t: ops.squeeze(t, -1))(outputs))
+    usual = Objective(keras.Model(inputs, outputs), "mse", X, T, weight_decay=0.1)
+    squeezed = Objective(flat, "mse", X, T[:, 0], weight_decay=0.1)
+    np.testing.assert_allclose(Hessian(squeezed).dense(), Hessian(usual).dense(), atol=1e-12)
+    series = Objective(usual.model, Squares(), X, pd.Series(T[:, 0]), weight_decay=0.1)
+    np.testing.assert_allclose(series.gradient(), usual.gradient(), atol=1e-12)
+
+
+def test_a_normalisation_adapted_anew_is_not_overlooked():
+    scale = layers.Normalization()
+    scale.adapt(X)
+    model = network(scale, layers.Dense(3, "tanh"), layers.Dense(3))
+    objective = Objective(model, SPARSE, X, Y, weight_decay=0.1)
+    solution = s_test(objective, X[:2], Y[:2], damping=0.5)
+    scale.adapt(2 * X + 1)
+    ways = (
+        lambda: s_test(objective, X[:2], Y[:2], damping=0.5),
+        lambda: predicted_loss_change(objective, solution),
+        lambda: Hessian(objective) @ np.ones(objective.p),
+        lambda: objective.losses(X, Y),
+    )
+    for way in ways:
+        with pytest.raises(ValueError, match="bind a new Objective"):
+            way()
+
+
+def test_a_loss_whose_second_derivative_is_no_number_is_refused():
+    model = network(layers.Conv1D(3, 2, padding="same"), shape=(6, 2))
+    x, y = RNG.normal(size=(N, 6, 2)), RNG.integers(1, 3, (N, 2))
+    objective = Objective(model, losses.CTC(), x, y, weight_decay=0.1)
+    with pytest.raises(ValueError, match="no second derivative of the loss ctc"):
+        s_test(objective, x[:1], y[:1])
+
+
+def test_threads_leave_no_replaced_function_behind():
+    original, entered, leave = tf.nn.moments, threading.Event(), threading.Event()
+
+    def other():
+        entered.set()
+        with keras_facts.exact_derivatives():
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with keras_facts.exact_derivatives():
+        thread.start()
+        entered.wait()
+        time.sleep(0.1)  # it stands before its block, or would be inside
+    leave.set()
+    thread.join()
+    assert tf.nn.moments is original
