@@ -69,13 +69,16 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
             "weight_decay > 0 (the thesis uses 1e-3)."
         )
     theta, steps = newton(head, objective.theta, tol, max_steps)
+    if not np.isfinite(theta).all():
+        raise FloatingPointError("Newton's method met NaN or infinity; theta is as it was before.")
     gradient = head.gradient(theta)
     exact = float(np.linalg.norm(gradient))
     step = float(np.linalg.norm(newton_direction(head, theta, gradient, {}, 1e-2)))
     objective.theta = theta
     norm = float(np.linalg.norm(head.gradient(objective.theta)))
     settled = step <= 1e-3 * max(1.0, np.linalg.norm(theta))
-    converged = exact <= max(tol, 1e-10, head.rounding(theta)) and settled
+    small = exact <= max(tol, 1e-10) or (np.abs(gradient) <= head.rounding(theta)).all()
+    converged = small and settled
     return Fit(norm, steps, head.loss(objective.theta), bool(converged), exact, step)
 
 
@@ -88,7 +91,7 @@ def newton(head, theta, tol, max_steps, **left_out):
     for step in range(max_steps):
         gradient = head.gradient(theta, **left_out)
         norm = np.linalg.norm(gradient)
-        if norm <= tol or norm <= head.rounding(theta, **left_out):
+        if norm <= tol or (np.abs(gradient) <= head.rounding(theta, **left_out)).all():
             return theta, step
         rtol = min(0.1, np.sqrt(norm))  # tighter as the gradient falls
         try:

@@ -238,15 +238,16 @@ class Head:
         return gemm(self.phi.T, r).ravel() + self.decay * theta
 
     def rounding(self, theta, *, weight=None, n=None):
-        """Return a bound of what rounding leaves of the norm of `gradient` at a minimum."""
-        length, outputs = (
-            np.sqrt(np.einsum("nd,nd->n", self.phi, self.phi)),
-            self.outputs(self.phi, theta),
-        )
-        size = length[:, None] * np.linalg.norm(theta.reshape(self.d, self.c), axis=0)
-        r = np.abs(self.residuals(self.y, outputs)) + np.abs(self.bend(self.y, outputs, size))
-        terms = self._share(weight, n) @ (length * r.sum(1)) + np.linalg.norm(self.decay * theta)
-        return float(np.finfo(float).eps * terms)
+        """Return about what rounding leaves of each entry of `gradient` at a minimum, (p,)."""
+        share, total = self._share(weight, n)[:, None], self.decay * np.abs(theta)
+        signs = (-1.0) ** np.arange(self.c)  # so that a softmax's A does not cancel
+        for start in range(0, len(self.phi), 4096):
+            rows = slice(start, start + 4096)
+            size, outputs = np.abs(self.phi[rows]), self.outputs(self.phi[rows], theta)
+            moved = self.bend(self.y[rows], outputs, self.outputs(size, np.abs(theta)) * signs)
+            terms = np.abs(self.residuals(self.y[rows], outputs)) + np.abs(moved)
+            total += gemm(size.T, terms * share[rows]).ravel()
+        return 4 * np.finfo(float).eps * total
 
     def loss(self, theta, *, weight=None, n=None):
         """Return the training loss at theta, the regulariser included."""
@@ -311,7 +312,7 @@ class StreamedHead(Head):
         return self._sum(Head.gradient, theta)
 
     def rounding(self, theta):
-        """Return a bound of what rounding leaves of the norm of `gradient` at a minimum."""
+        """Return about what rounding leaves of each entry of `gradient` at a minimum, (p,)."""
         return self._sum(Head.rounding, theta)
 
     def loss(self, theta):

@@ -7,7 +7,7 @@ import random
 import re
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from threading import RLock
+from threading import Lock
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -21,7 +21,6 @@ from keras.src.trainers.compile_utils import get_loss
 losses = keras.losses
 # Keras runs layers and losses as they are; AutoGraph would take as long as all other tracing
 traced = partial(tf.function, autograph=False, reduce_retracing=True)
-LOCK = RLock()
 SPARSE = {losses.sparse_categorical_crossentropy}
 BINARY = {losses.binary_crossentropy, losses.binary_focal_crossentropy}
 OF_LOGITS = SPARSE | {losses.binary_crossentropy, losses.categorical_crossentropy}
@@ -39,12 +38,13 @@ ELEMENTWISE = {  # losses that compare labels and predictions entry by entry
 @contextmanager
 def _replaced(*places):
     """Let attributes (object, name, value) have other values, inside this block only."""
-    with LOCK, ExitStack() as stack:  # two threads would put back each other's
+    with ExitStack() as stack:
         for place in places:
             stack.enter_context(patch.object(*place))
         yield
 
 
+@contextmanager
 def exact_derivatives():
     """Let TensorFlow differentiate four functions twice, inside this block only.
 
@@ -53,12 +53,11 @@ def exact_derivatives():
     `softmax_cross_entropy_with_logits` has p - y, right for labels that sum to one; resized images
     and `softsign` have a first derivative and none, or zero, as the second.
     """
-    return _replaced(
-        (tf.nn, "moments", _moments),
-        (tf.nn, "softmax_cross_entropy_with_logits", _softmax_cross_entropy),
-        (tf.nn, "softsign", _softsign),
-        (tf.image, "resize", _resize),
-    )
+    _enter(1)
+    try:
+        yield
+    finally:
+        _enter(-1)
 
 
 def _moments(x, axes, shift=None, keepdims=False, name=None):
@@ -95,6 +94,22 @@ def _resize(images, size, method="bilinear", preserve_aspect_ratio=False, **opti
         rows, columns = (np.asarray(m, "float64")[:, :, 0, 0] for m in (rows, columns))
     rows, columns = tf.constant(rows, images.dtype), tf.constant(columns, images.dtype)
     return tf.einsum("hp,...hwc,wq->...pqc", rows, images, columns)
+
+
+EXACT = [
+    patch.object(tf.nn, "moments", _moments),
+    patch.object(tf.nn, "softmax_cross_entropy_with_logits", _softmax_cross_entropy),
+    patch.object(tf.nn, "softsign", _softsign),
+    patch.object(tf.image, "resize", _resize),
+]
+INSIDE, LOCK = [0], Lock()  # how many blocks are open, in all threads: the first replaces
+
+
+def _enter(change):
+    with LOCK:
+        before, INSIDE[0] = INSIDE[0], INSIDE[0] + change
+        for each in EXACT if 0 in (before, INSIDE[0]) else ():
+            each.stop() if before else each.start()
 
 
 def resize_in_float64(model):
@@ -239,11 +254,14 @@ def unreduced(loss, y, predictions, dtype):
     cast = tf.cast(predictions, dtype)
     if cast is not predictions and logits is not None:
         cast._keras_logits = tf.cast(logits, dtype)
-    if len(predictions.shape) == 1:  # whose last axis Keras's losses would average away
-        cast, y = cast[:, None], y if len(y.shape) > 1 else y[:, None]
-    call = loss.call if type(loss).__call__ is losses.Loss.__call__ else loss
+    call, y = loss.call if type(loss).__call__ is losses.Loss.__call__ else loss, tf.cast(y, dtype)
     with _computing_in(loss, dtype), exact_derivatives():
-        values = tf.convert_to_tensor(call(tf.cast(y, dtype), with_mask(cast, mask)))
+        values = tf.convert_to_tensor(call(y, with_mask(cast, mask)))
+        if len(predictions.shape) == 1 and values.shape.rank == 0:  # the one axis was averaged
+            column, logits = cast[:, None], logits_of(predictions)
+            if logits is not None:
+                column._keras_logits = tf.cast(logits, dtype)[:, None]
+            values = tf.convert_to_tensor(call(y if len(y.shape) > 1 else y[:, None], column))
     own = mask_of(values)
     masks = [tf.cast(m, bool) for m in (mask, own) if m is not None]
     values = tf.cast(values, dtype)

@@ -164,30 +164,36 @@ class Removals:
 
         batch : points at a time; by default what fits the objective's memory budget, at most 500.
         """
-        rows, tol = checks.rows(rows, self.head.n), self._tolerance(tol)
+        rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
-        thetas, norms = np.empty((len(self.theta), len(rows))), np.empty(len(rows))
+        thetas, gradients = np.empty((2, len(self.theta), len(rows)))
         starts = range(0, len(rows), batch)
         for start in tqdm(starts, desc="leave-one-out refits", unit="batch", leave=False):
             part = slice(start, start + batch)
             thetas[:, part] = end = self._exact(rows[part], tol, max_steps)
-            norms[part] = np.linalg.norm(self._left_out_gradient(end, rows[part]), axis=0)
-        self._keep(norms, tol)
+            gradients[:, part] = self._left_out_gradient(end, rows[part])
+        self._keep(gradients, tol)
         return thetas
 
-    def _tolerance(self, tol):
-        return max(checks.number("tol", tol), 2 * self.head.rounding(self.theta))
+    @cached_property
+    def _rounding(self):
+        return self.head.rounding(self.theta)[:, None]
 
-    def _keep(self, norms, tol):
-        """Keep the gradient norms of refits, and warn of those above the tolerance."""
-        self.gradient_norms = norms
+    def _unfinished(self, gradients, tol):
+        """Return which left-out gradients (p, k) are larger than tol and than rounding leaves."""
+        large = (np.abs(gradients) > self._rounding).any(0)
+        return large & (np.linalg.norm(gradients, axis=0) > tol)
+
+    def _keep(self, gradients, tol):
+        """Keep the norms of refits' gradients (p, k), and warn of those above the tolerance."""
+        self.gradient_norms = norms = np.linalg.norm(gradients, axis=0)
         if not self.at_minimum:
             warnings.warn(
                 "theta is not where the training loss is smallest, so a refit also does the rest "
                 "of the training, whatever is left out: fit_head(objective) first.",
                 stacklevel=3,
             )
-        missed = int((norms > tol).sum())
+        missed = int(self._unfinished(gradients, tol).sum())
         if missed:
             warnings.warn(
                 f"{missed} of {len(norms)} refits did not reach the gradient norm {tol:.0e}: the "
@@ -210,8 +216,8 @@ class Removals:
         bar = tqdm(left_out, desc="leave-group-out refits", unit="group", leave=False)
         refits = [newton(self.head, self.theta, tol, 100, **left)[0] for left in bar]
         pairs = zip(refits, left_out, strict=True)
-        norms = [np.linalg.norm(self.head.gradient(theta, **left)) for theta, left in pairs]
-        self._keep(np.array(norms), self._tolerance(tol))
+        gradients = [self.head.gradient(theta, **left) for theta, left in pairs]
+        self._keep(np.stack(gradients, axis=1), tol)
         return np.stack(refits, axis=1)
 
     def _without(self, rows):
@@ -227,9 +233,9 @@ class Removals:
         for _ in range(max_steps):
             gradient = self._left_out_gradient(theta[:, left], rows[left])
             norms = np.linalg.norm(gradient, axis=0)
-            slow = norms > 0.9 * last[left]
-            go = (norms > tol) & ~slow
-            for j in left[(norms > tol) & slow]:
+            slow, unfinished = norms > 0.9 * last[left], self._unfinished(gradient, tol)
+            go = unfinished & ~slow
+            for j in left[unfinished & slow]:
                 theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
             last[left], left = norms, left[go]
             if not len(left):

@@ -52,8 +52,10 @@ def solve(H, b, solver=None, *, damping="auto"):
     if len(b) != H.shape[0]:
         raise ValueError(f"b has {len(b)} rows, the operator {H.shape[0]} parameters.")
     b, single = columns_of(b)
+    seen = None
     if solver.damping == "auto":
-        solver = replace(solver, damping=choose_damping(H).value if H.objective else 0.0)
+        value, _, seen = choose_damping(H) if H.objective else (0.0, "", None)
+        solver = replace(solver, damping=value)
     rtol = solver.usual_rtol(H) if solver.rtol is None else solver.rtol
     numbers = {"damping": solver.damping, "rtol": rtol}
     solver = replace(solver, **{name: checks.number(name, a) for name, a in numbers.items()})
@@ -61,7 +63,13 @@ def solve(H, b, solver=None, *, damping="auto"):
         derivatives.warn_of_doubts(H.objective)
     size = np.abs(b).max(0, initial=0)
     size[size == 0] = 1.0  # squares of 1e-170 would be zero
-    x, known = solver.run(H, b / size)
+    try:
+        x, known = solver.run(H, b / size)
+    except np.linalg.LinAlgError:
+        if seen is None or solver.damping:
+            raise  # else it is singular where Lanczos did not see it
+        solver = replace(solver, damping=float(f"{1e-3 * seen.lambda_max:.2g}"))
+        x, known = solver.run(H, b / size)
     found = _certified(H, b / size, x, size, single, solver, known)
     if chosen and isinstance(solver, CG) and found.negative_curvature.any() and len(b) <= 1000:
         return solve(H, b[:, 0] if single else b, Eigh(solver.damping, solver.rtol))
