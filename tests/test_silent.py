@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 import warnings
 
 import keras
@@ -36,6 +35,7 @@ RNG = np.random.default_rng(0)
 N = 20
 X, Y, T = RNG.normal(size=(N, 4)), RNG.integers(0, 3, N), RNG.normal(size=(N, 1))
 B = RNG.integers(0, 2, N).astype(float)
+BINARY = losses.BinaryCrossentropy(from_logits=True)
 SPARSE = losses.SparseCategoricalCrossentropy(from_logits=True)
 IN_ORDER = {"shuffled": B, "sorted": np.sort(B)}
 
@@ -589,6 +589,47 @@ def test_large_losses_are_fitted_and_refitted_to_their_rounding():
         np.testing.assert_allclose(theta, closed(np.delete(np.arange(n), row)), rtol=1e-8)
 
 
+def test_a_column_of_large_numbers_does_not_end_a_fit_early():
+    rng, n = np.random.default_rng(0), 100
+    scaled = np.hstack([rng.normal(size=(n, 3)), np.ones((n, 1))])
+    y = (scaled @ [3.0, -2, 1, 0.5] + rng.logistic(size=n) > 0).astype(float)
+    units = np.diag([1, 1, 1e7, 1])  # the third column is in raw units, far from zero
+    units[3, 2] = 3e8
+    raw, inverse = scaled @ units, np.linalg.inv(units)
+    decay = inverse.T @ np.diag([1e-3, 1e-3, 1e-3, 0]) @ inverse
+
+    def newton(rows):
+        a, theta = scaled[rows], np.zeros(4)
+        for _ in range(30):
+            p = 1 / (1 + np.exp(-a @ theta))
+            gradient = a.T @ (p - y[rows]) / len(rows) + decay @ theta
+            theta -= np.linalg.solve(a.T * (p * (1 - p)) @ a / len(rows) + decay, gradient)
+        return scaled @ theta
+
+    objective = Objective(
+        network(layers.Dense(1, kernel_initializer="zeros"), shape=(3,)),
+        BINARY,
+        raw[:, :3],
+        y,
+        weight_decay=1e-3,
+    )
+    assert fit_head(objective).converged
+    refits = Removals(objective).exact(range(4))
+    np.testing.assert_allclose(raw @ objective.theta, newton(np.arange(n)), atol=1e-9)
+    for row, theta in enumerate(refits.T):
+        expected = newton(np.delete(np.arange(n), row))
+        np.testing.assert_allclose(raw @ theta, expected, atol=1e-8)
+
+
+def test_a_singular_head_that_lanczos_takes_for_regular_is_damped():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 60)), rng.normal(size=200)
+    x[:, 1] = x[:, 0]
+    objective = Objective(network(layers.Dense(1), shape=(60,)), "mse", x, y, weight_decay=0.0)
+    solution = s_test(objective, x[:2], y[:2])
+    assert solution.converged.all()
+
+
 @pytest.mark.parametrize("kind", ["int32", "float16"])
 def test_a_cast_below_a_head_stays_a_cast(kind):
     x = RNG.uniform(0, 5, (N, 4))
@@ -655,6 +696,13 @@ def test_predictions_and_labels_without_a_last_axis_mean_what_keras_means():
     usual = Objective(keras.Model(inputs, outputs), "mse", X, T, weight_decay=0.1)
     squeezed = Objective(flat, "mse", X, T[:, 0], weight_decay=0.1)
     np.testing.assert_allclose(Hessian(squeezed).dense(), Hessian(usual).dense(), atol=1e-12)
+    for ends in (layers.Activation("sigmoid"), layers.Lambda(lambda t: ops.sigmoid(t))):
+        ended = [keras.Model(inputs, ends(end)) for end in (outputs, flat.outputs[0])]
+        for model in ended:
+            model.layers[1].layers[-1].bias.assign([40.0])
+        pair = [Objective(m, "binary_crossentropy", X, B, weight_decay=0.1) for m in ended]
+        np.testing.assert_allclose(pair[1].losses(X, 1 - B), pair[0].losses(X, 1 - B))
+        np.testing.assert_allclose(pair[1].gradient(), pair[0].gradient())
     series = Objective(usual.model, Squares(), X, pd.Series(T[:, 0]), weight_decay=0.1)
     np.testing.assert_allclose(series.gradient(), usual.gradient(), atol=1e-12)
 
@@ -686,18 +734,18 @@ def test_a_loss_whose_second_derivative_is_no_number_is_refused():
 
 
 def test_threads_leave_no_replaced_function_behind():
-    original, entered, leave = tf.nn.moments, threading.Event(), threading.Event()
+    original, meet, leave = tf.nn.moments, threading.Barrier(2, timeout=60), threading.Event()
 
     def other():
-        entered.set()
         with keras_facts.exact_derivatives():
+            meet.wait()  # as replicas do that reduce inside a model
             leave.wait()
 
     thread = threading.Thread(target=other)
     with keras_facts.exact_derivatives():
         thread.start()
-        entered.wait()
-        time.sleep(0.1)  # it stands before its block, or would be inside
+        meet.wait()
+    assert tf.nn.moments is not original  # the other is inside
     leave.set()
     thread.join()
     assert tf.nn.moments is original
