@@ -87,12 +87,15 @@ def newton(head, theta, tol, max_steps, **left_out):
 
     `weight` (n,) and `n` replace the head's own, for a fit that leaves points out.
     """
-    loss = head.loss(theta, **left_out)
+    loss, last = head.loss(theta, **left_out), np.inf
     for step in range(max_steps):
         gradient = head.gradient(theta, **left_out)
         norm = np.linalg.norm(gradient)
-        if norm <= tol or (np.abs(gradient) <= head.rounding(theta, **left_out)).all():
+        if norm <= tol:
             return theta, step
+        if norm > 0.9 * last and (np.abs(gradient) <= head.rounding(theta, **left_out)).all():
+            return theta, step
+        last = norm
         rtol = min(0.1, np.sqrt(norm))  # tighter as the gradient falls
         try:
             direction = newton_direction(head, theta, gradient, left_out, rtol)

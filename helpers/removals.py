@@ -166,38 +166,48 @@ class Removals:
         """
         rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
-        thetas, gradients = np.empty((2, len(self.theta), len(rows)))
+        thetas = np.empty((len(self.theta), len(rows)))
+        ends = [self._judged(thetas[:, :0], tol)]  # where there are no rows
         starts = range(0, len(rows), batch)
         for start in tqdm(starts, desc="leave-one-out refits", unit="batch", leave=False):
             part = slice(start, start + batch)
             thetas[:, part] = end = self._exact(rows[part], tol, max_steps)
-            gradients[:, part] = self._left_out_gradient(end, rows[part])
-        self._keep(gradients, tol)
+            ends.append(self._judged(self._left_out_gradient(end, rows[part]), tol))
+        self._keep(ends, tol)
         return thetas
 
     @cached_property
     def _rounding(self):
         return self.head.rounding(self.theta)[:, None]
 
-    def _unfinished(self, gradients, tol):
-        """Return which left-out gradients (p, k) are larger than tol and than rounding leaves."""
-        large = (np.abs(gradients) > self._rounding).any(0)
-        return large & (np.linalg.norm(gradients, axis=0) > tol)
+    def _judged(self, gradients, tol):
+        """Return the norms (k,) of left-out gradients (p, k), and which missed tol.
 
-    def _keep(self, gradients, tol):
-        """Keep the norms of refits' gradients (p, k), and warn of those above the tolerance."""
-        self.gradient_norms = norms = np.linalg.norm(gradients, axis=0)
+        Those did not that are no larger than what rounding leaves.
+        """
+        norms = np.linalg.norm(gradients, axis=0)
+        missed = norms > tol
+        if missed.any():
+            missed &= (np.abs(gradients) > self._rounding).any(0)
+        return norms, missed
+
+    def _keep(self, ends, tol):
+        """Keep the gradient norms of refits, and warn of those that missed the tolerance.
+
+        ends : what `_judged` returned of each batch.
+        """
+        norms, missed = (np.concatenate(part) for part in zip(*ends, strict=True))
+        self.gradient_norms = norms
         if not self.at_minimum:
             warnings.warn(
                 "theta is not where the training loss is smallest, so a refit also does the rest "
                 "of the training, whatever is left out: fit_head(objective) first.",
                 stacklevel=3,
             )
-        missed = int(self._unfinished(gradients, tol).sum())
-        if missed:
+        if missed.any():
             warnings.warn(
-                f"{missed} of {len(norms)} refits did not reach the gradient norm {tol:.0e}: the "
-                f"largest is {norms.max():.1e} (Removals.gradient_norms has all).",
+                f"{missed.sum()} of {len(norms)} refits did not reach the gradient norm {tol:.0e}: "
+                f"the largest is {norms.max():.1e} (Removals.gradient_norms has all).",
                 stacklevel=3,
             )
 
@@ -216,8 +226,8 @@ class Removals:
         bar = tqdm(left_out, desc="leave-group-out refits", unit="group", leave=False)
         refits = [newton(self.head, self.theta, tol, 100, **left)[0] for left in bar]
         pairs = zip(refits, left_out, strict=True)
-        gradients = [self.head.gradient(theta, **left) for theta, left in pairs]
-        self._keep(np.stack(gradients, axis=1), tol)
+        ends = [self.head.gradient(theta, **left)[:, None] for theta, left in pairs]
+        self._keep([self._judged(end, tol) for end in ends], tol)
         return np.stack(refits, axis=1)
 
     def _without(self, rows):
@@ -233,9 +243,9 @@ class Removals:
         for _ in range(max_steps):
             gradient = self._left_out_gradient(theta[:, left], rows[left])
             norms = np.linalg.norm(gradient, axis=0)
-            slow, unfinished = norms > 0.9 * last[left], self._unfinished(gradient, tol)
-            go = unfinished & ~slow
-            for j in left[unfinished & slow]:
+            slow = norms > 0.9 * last[left]
+            go = (norms > tol) & ~slow
+            for j in left[self._judged(gradient * slow, tol)[1]]:
                 theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
             last[left], left = norms, left[go]
             if not len(left):

@@ -93,10 +93,9 @@ def choose_damping(H, *, steps=40, seed=0):
 
     Zero for a convex head, unless Lanczos finds it singular where parameters do not decay (where it
     does not see that, `solve` damps by 0.001 lambda_max after all); zero too where lambda_min is
-    clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp
-    by about the size of the most negative eigenvalue; the margins are ours, since Lanczos sees
-    lambda_min from above. It can miss a lone negative eigenvalue; conjugate gradients then report
-    negative curvature.
+    clearly positive; else 1.5 |lambda_min| + 0.001 lambda_max. Koh & Liang damp by about the size
+    of the most negative eigenvalue; the margins are ours, since Lanczos sees lambda_min from above.
+    It can miss a lone negative eigenvalue; conjugate gradients then report negative curvature.
     """
     H = as_operator(H)
     head, decay = H.objective.head, H.objective.decay.min()
