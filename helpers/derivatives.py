@@ -20,7 +20,8 @@ class Derivatives(NamedTuple):
 
     checked : whether they were held against differences; by_differences : whether second
     derivatives are central differences of exact gradients from now on, because TensorFlow's own
-    are missing or wrong; flat : whether the loss has no curvature in the outputs; words : all that.
+    are missing or wrong; flat : whether the loss of those examples has no curvature in the outputs;
+    words : all that.
     """
 
     checked: bool
@@ -36,7 +37,12 @@ def warn_of_doubts(objective):
         warnings.warn(
             f"Second {UNCLEAR}. They would if all layers computed in float64.", stacklevel=3
         )
-    if objective.derivatives.flat:
+    flat = objective.derivatives.flat
+    if flat and head and objective.data.in_memory:  # theta may have moved, and all can be asked
+        outputs = head.outputs(head.phi, objective.theta)
+        direction = np.random.default_rng(0).normal(size=outputs.shape)
+        flat = not head.bend(head.y, outputs, direction).numpy().any()
+    if flat:
         where = "at any training example" if head else "at the first examples"
         warnings.warn(
             f"The loss has no curvature {where}: H is the weight decay (and damping) alone, and "
@@ -74,9 +80,6 @@ def probe(objective, head):
         outputs = head.outputs(head._features(x), objective.theta)
         loss = _of_tensor(lambda t: tf.reduce_sum(head.losses_in_graph(y, t)), outputs, rng)
         (verdict, flat), what = _verdict(*loss, "float64"), f"the loss {objective.loss.name}"
-        if flat and objective.data.in_memory:
-            outputs = head.outputs(head.phi, objective.theta)
-            flat = not head.bend(head.y, outputs, rng.normal(size=outputs.shape)).numpy().any()
     else:
         o = objective if objective.dtype == "float64" else objective.in_float64() or objective
         coarsest = min(v.dtype for v in o.variables)

@@ -62,7 +62,6 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     float32 keeps only 7 digits of the minimum: the Fit has the gradient norm before and after.
     """
     head, tol = head_of(objective), checks.number("tol", tol)
-    derivatives.warn_of_doubts(objective)
     if objective.loss.is_cross_entropy and not (objective.decay > 0).any():
         raise ValueError(
             "Without weight decay a separable problem has no minimum: pass "
@@ -75,6 +74,7 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     exact = float(np.linalg.norm(gradient))
     step = float(np.linalg.norm(newton_direction(head, theta, gradient, {}, 1e-2)))
     objective.theta = theta
+    derivatives.warn_of_doubts(objective)
     norm = float(np.linalg.norm(head.gradient(objective.theta)))
     settled = step <= 1e-3 * max(1.0, np.linalg.norm(theta))
     small = exact <= max(tol, 1e-10) or (np.abs(gradient) <= head.rounding(theta)).all()
