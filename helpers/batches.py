@@ -334,8 +334,7 @@ def _array(a):
     if isinstance(a, tf.RaggedTensor):
         raise ValueError("A ragged tensor has no shape: pad it, a.to_tensor(), and mask.")
     if hasattr(a, "to_numpy"):
-        values = checks.numbers(a)
-        return values[:, None] if values.ndim == 1 else values  # as Keras has a series
+        return checks.numbers(a)
     if hasattr(a, "shape"):
         return a
     try:
