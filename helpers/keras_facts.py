@@ -431,7 +431,7 @@ def end_of(model, x, variables):
             tied = tape.gradient(features, [v.value for v in variables])
             linear = before is logits_of(predictions) and before is after
             if all(g is None for g in tied) and (after is predictions or linear):
-                while _only_widens(features.op):
+                while _keeps_numbers(features.op):
                     features = features.op.inputs[0]  # what it was before the type of a keras.Input
                 direct = features is keras.tree.flatten(x)[0]
                 found[0] = End(dense, after is predictions, direct)
@@ -441,12 +441,12 @@ def end_of(model, x, variables):
     return found[0]
 
 
-def _only_widens(op):
-    """Return whether an operation gives its input on, in its own or a wider type."""
+def _keeps_numbers(op):
+    """Return whether an operation gives real numbers on, rounded to float32 at the most."""
     if op.type not in ("Cast", "Identity"):
         return False
     old, new = op.inputs[0].dtype, op.outputs[0].dtype
-    return old == new or (new.is_floating and (old.is_integer or old.size < new.size))
+    return old == new or (new.is_floating and (new.size >= 4 or old.is_integer))
 
 
 def features_of(model, dense, x):
