@@ -181,9 +181,9 @@ class Removals:
         return self.head.rounding(self.theta)[:, None]
 
     def _judged(self, gradients, tol):
-        """Return the norms (k,) of left-out gradients (p, k), and which missed tol.
+        """Return the norms (k,) of left-out gradients (p, k), and which of them missed tol.
 
-        Those did not that are no larger than what rounding leaves.
+        A gradient that is no larger than what rounding leaves of it has not missed.
         """
         norms = np.linalg.norm(gradients, axis=0)
         missed = norms > tol

@@ -67,7 +67,8 @@ def solve(H, b, solver=None, *, damping="auto"):
         x, known = solver.run(H, b / size)
     except np.linalg.LinAlgError:
         if seen is None or solver.damping:
-            raise  # else it is singular where Lanczos did not see it
+            raise
+        # a convex head is singular, and Lanczos did not see it
         solver = replace(solver, damping=float(f"{1e-3 * seen.lambda_max:.2g}"))
         x, known = solver.run(H, b / size)
     found = _certified(H, b / size, x, size, single, solver, known)
