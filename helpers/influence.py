@@ -89,10 +89,13 @@ def _columns(objective, s):
     """Return s as columns (p, m)."""
     if isinstance(s, Solution):
         s.warn_unless_solved(stacklevel=5)
-        s = s.x
-    s = np.asarray(s)
+        s, theta = s.x, s.theta
+    else:
+        s, theta = np.asarray(s), None
     if s.ndim > 2 or len(s) != objective.p:
         raise ValueError(f"s has shape {s.shape}, the objective {objective.p} parameters.")
+    if theta is not None and not np.array_equal(theta, objective.theta):
+        raise ValueError("theta has moved since this s was solved (more training?): solve anew.")
     return s[:, None] if s.ndim == 1 else s
 
 

@@ -88,7 +88,7 @@ class Solution(NamedTuple):
     history : (steps + 1, k), CG's own running relative residuals from the start on, NaN in a
     restart without the column; else empty; floor : about the relative residual that rounding in the
     products' dtype leaves whatever the solver does, NaN where it is not known; derivatives : what
-    the probe of the objective's derivatives found, in words.
+    the probe of the objective's derivatives found, in words; theta : (p,) where H was taken.
     """
 
     x: np.ndarray
@@ -104,6 +104,7 @@ class Solution(NamedTuple):
     history: np.ndarray
     floor: float = np.nan
     derivatives: str = ""
+    theta: np.ndarray | None = None
 
     def warn_unless_solved(self, stacklevel=3):
         """Warn, for whoever uses x without printing this, where it does not solve the system."""
@@ -179,6 +180,7 @@ def _certified(H, b, x, size, single, solver, known):
         history=known.get("history", np.zeros((0, k))),
         floor=float(floor),
         derivatives=H.objective.derivatives.words if H.objective else "",
+        theta=H.objective.theta if H.objective else None,
     )
 
 

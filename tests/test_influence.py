@@ -196,6 +196,14 @@ def test_zero_test_gradient_has_zero_influence(binary):
     assert not predicted_loss_change(objective, tf.constant(solution.x)).any()
 
 
+def test_a_solution_is_of_the_theta_where_it_was_solved(binary):
+    objective = binary.bind()
+    s = s_test(objective, binary.x_test, binary.y_test)
+    with objective.at(objective.theta + 0.1), pytest.raises(ValueError, match="has moved since"):
+        predicted_loss_change(objective, s)
+    assert predicted_loss_change(objective, s).shape == (len(binary.x_test), objective.n)
+
+
 def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):
     """One objective solves with H, with G and with H again: each has its own compiled product."""
     objective, x, y = network
