@@ -189,9 +189,13 @@ class Batches(keras.utils.PyDataset):
         return whole if k == 0 else (X[:3], T[:3, 0], np.array([0.5, 0.25, 0.9]))
 
 
-@pytest.mark.parametrize("form", [lambda b: b, lambda b: [b[0], b[1]], lambda b: [*map(list, b)]])
+@pytest.mark.parametrize(
+    "form", [lambda b: b, lambda b: [b[0], b[1]], lambda b: [[*b[0]], [*b[1]]]]
+)
 def test_the_types_of_the_first_batch_are_not_those_of_all(form):
-    x, y, weight = (np.concatenate(part) for part in zip(*(Batches()[k] for k in (0, 1)), strict=True))
+    x, y, weight = (
+        np.concatenate(part) for part in zip(*(Batches()[k] for k in (0, 1)), strict=True)
+    )
     model = network(layers.Dense(1))
     objective = Objective(model, "mse", form(Batches()), weight_decay=0.0)
     expected = np.mean(weight * (np.ravel(model(x)) - y) ** 2)
