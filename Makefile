@@ -11,7 +11,7 @@ RUN := PYTHONPATH=.:notebooks $(BIN)/python -m support.run $(if $(JOBS),--jobs $
 
 .DEFAULT_GOAL := help
 .PHONY: help data reproduce real thesis test rehearsal lab refresh readme site lock lint backbone benchmark \
-  scaling crosscheck peers gpu clean-cache
+  scaling crosscheck peers oldest gpu clean-cache
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/	/' | expand -t 12
@@ -83,6 +83,18 @@ crosscheck: .venv/ready .peers-venv/ready  ## our influence and EK-FAC beside da
 	PYTHONPATH=. $(BIN)/python tests/benchmark/crosscheck.py --peers .peers-venv/bin/python
 
 peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `make benchmark`
+
+.oldest-venv/ready: tests/oldest.txt requirements.in
+	rm -rf .oldest-venv
+	$(PYTHON) -m venv .oldest-venv
+	.oldest-venv/bin/pip install --quiet --disable-pip-version-check -r tests/oldest.txt -r requirements.in
+	@touch $@
+
+# Tests of `helpers` alone: the notebooks are promised for the lock only.
+HELPERS := keras_facts checks silent objective any_model solvers hessian influence removals conformance \
+  data_forms ekfac streaming validate
+oldest: .oldest-venv/ready  ## tests of `helpers` on the oldest TensorFlow and Keras it is promised for (half an hour)
+	.oldest-venv/bin/python -m pytest -n $(or $(JOBS),logical) $(HELPERS:%=tests/test_%.py)
 
 clean-cache:  ## delete data/derived: drawn pictures, features, everything that is kept on disk
 	rm -rf data/derived
