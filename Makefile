@@ -93,7 +93,7 @@ peers: .peers-venv/ready  ## install dattri, pyDVL, captum and kronfluence for `
 # Tests of `helpers` alone: the notebooks are promised for the lock only.
 HELPERS := keras_facts checks silent objective any_model solvers hessian influence removals conformance \
   data_forms ekfac streaming validate
-oldest: .oldest-venv/ready  ## tests of `helpers` on the oldest TensorFlow and Keras it is promised for (half an hour)
+oldest: .oldest-venv/ready  ## tests of `helpers` on the oldest TensorFlow and Keras it is promised for (ten minutes)
 	.oldest-venv/bin/python -m pytest -n $(or $(JOBS),logical) $(HELPERS:%=tests/test_%.py)
 
 clean-cache:  ## delete data/derived: drawn pictures, features, everything that is kept on disk
