@@ -61,7 +61,7 @@ def predicted_loss_change(objective, s, *, out=None):
     A removed point takes its share of the regulariser along, so each row sums to n s . grad L,
     zero at the optimum. (Where Keras masks, the share is what counts of the point over the mean.)
 
-    s : what `s_test` returned, or an array (p,) or (p, m).
+    s : what `s_test` returned at this theta (ValueError at another), or an array (p,) or (p, m).
     out : array (m, n) to write to, block by block: `np.lib.format.open_memmap` makes one on disk.
     """
     s = _columns(objective, s)
