@@ -53,19 +53,13 @@ class Correlation(NamedTuple):
 def correlation(predicted, actual, *, draws=2000):
     """Return the Correlation of two vectors (k,) of loss changes, in nats."""
     pair = np.asarray(predicted), np.asarray(actual)
+    rng = np.random.default_rng([0, 65])
+    how = stats.BootstrapMethod(n_resamples=draws, method="percentile", rng=rng)
     with warnings.catch_warnings():  # changes that are all alike have no r: NaN
         warnings.simplefilter("ignore")
-        found = stats.bootstrap(
-            pair,
-            lambda *some: stats.pearsonr(*some).statistic,
-            paired=True,
-            vectorized=False,
-            n_resamples=draws,
-            method="percentile",
-            rng=np.random.default_rng([0, 65]),
-        )
+        ends = stats.pearsonr(*pair).confidence_interval(method=how)
         line = stats.linregress(*pair)
-    return Correlation(float(line.rvalue), list(map(float, found.confidence_interval)), line.slope)
+    return Correlation(float(line.rvalue), list(map(float, ends)), line.slope)
 
 
 def choose_test_points(losses, correct, *, seed=0, k=5):
