@@ -12,13 +12,8 @@ def linear_head(d, n_classes=2, *, use_bias=False):
     logit a class (d x C parameters). The weights start at zero.
     """
     outputs = 1 if n_classes == 2 else n_classes
-    return keras.Sequential(
-        [
-            keras.Input((d,)),
-            keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros"),
-        ],
-        name="linear_head",
-    )
+    dense = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer="zeros")
+    return keras.Sequential([keras.Input((d,)), dense], name="linear_head")
 
 
 def bound_head(x, y, weight_decay):
