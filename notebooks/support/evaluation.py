@@ -84,29 +84,22 @@ def top(values, k):
 
 
 class Mean(NamedTuple):
-    """A mean over repetitions and the half-width of its 95 % interval (Student's t)."""
+    """A mean over repetitions, the half-width of its 95 % interval, and where values can lie."""
 
     mean: float
     half: float
+    possible: tuple = (-np.inf, np.inf)
 
     @property
     def interval(self):
-        return [self.mean - self.half, self.mean + self.half]
+        return np.clip([self.mean - self.half, self.mean + self.half], *self.possible).tolist()
 
     def __str__(self):
         return f"{self.mean:.3f}" + f" ± {self.half:.3f}" * bool(np.isfinite(self.half))
 
 
-class Area(Mean):
-    """A Mean of areas under ROC curves, whose interval ends at 1."""
-
-    @property
-    def interval(self):
-        return [max(0.0, self.mean - self.half), min(1.0, self.mean + self.half)]
-
-
 def mean_of(values):
-    """Return the Mean of the repetitions (k,) of a measurement; one alone has no interval."""
+    """Return the Mean of repetitions (k,), its interval Student's; one alone has no interval."""
     values = np.asarray(values, float)
     k = len(values)
     half = stats.t.ppf(0.975, k - 1) * values.std(ddof=1) / np.sqrt(k) if k > 1 else np.nan
@@ -193,12 +186,13 @@ def detection(scores, wanted, shares):
 
 
 def auc_of(scores, wanted):
-    """Return the mean Area of k rankings, scores (k, n), of what is `wanted` (k, n) bool.
+    """Return the Mean area under the ROC curves of k rankings, scores (k, n), of `wanted` (k, n).
 
     The interval is DeLong's (1988): over the n points, the rankings taken as independent draws.
     """
     areas, variances = zip(*map(_delong, np.asarray(scores), np.asarray(wanted)), strict=True)
-    return Area(float(np.mean(areas)), float(1.96 * np.sqrt(np.mean(variances) / len(areas))))
+    half = 1.96 * np.sqrt(np.mean(variances) / len(areas))
+    return Mean(float(np.mean(areas)), float(half), (0, 1))
 
 
 def _delong(scores, wanted):
