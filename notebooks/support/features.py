@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from support import datasets, stored
 
+DEMO = stored.ROOT / "data" / "embedded" / "demo_backbone.keras"
+
 
 class Backbone(NamedTuple):
     """A frozen feature extractor: pictures (b, size, size, 3) in 0..255 -> features (b, d)."""
@@ -34,15 +36,11 @@ def load_backbone(name, *, weights="imagenet", size=None):
         it is missing, the error says where to get it), a file, the name of one in the folder
         "models" of KERAS_HOME, or None for random weights.
     """
-    if size and (name == "demo" or str(name).endswith(".keras")):
-        known = load_backbone(name)
-        if known.size != size:
+    if name == "demo" or str(name).endswith(".keras"):
+        known = _in_float64(_from_file(DEMO)) if name == "demo" else _from_file(Path(name))
+        if size not in (None, known.size):
             raise ValueError(f"{name} takes pictures of {known.size} pixels a side, not of {size}.")
         return known
-    if name == "demo":
-        return _in_float64(_from_file(stored.ROOT / "data" / "embedded" / "demo_backbone.keras"))
-    if str(name).endswith(".keras"):
-        return _from_file(Path(name))
     build = getattr(keras.applications, name, None)
     if not callable(build):
         known = sorted(n for n in dir(keras.applications) if n[0].isupper())
@@ -79,9 +77,7 @@ def _on_disk(name, origin, *, cache_subdir="models", file_hash=None, **_):
 
 def _from_file(path):
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; `python -m support.backbone` makes the demo's."
-        )
+        raise FileNotFoundError(f"{path} does not exist; `make backbone` makes the demo's.")
     with _float32():
         model = keras.saving.load_model(path, compile=False)
     model.trainable = False
