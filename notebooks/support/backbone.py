@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support import drawings
 from support.stored import ROOT
 
 OUT = ROOT / "data" / "embedded" / "demo_backbone.keras"
@@ -39,8 +40,6 @@ def demo_backbone(size=96):
 
 def pretext_pictures(seed, per_class, size=96):
     """Return (pictures, class numbers) of the pretext classes, shuffled."""
-    from support import drawings
-
     rows = drawings.pretext_rows(seed, per_class)
     pictures = np.stack([drawings.draw(row, seed=seed, size=size) for _, row in rows.iterrows()])
     order = np.random.default_rng([seed, 3]).permutation(len(rows))
@@ -57,14 +56,11 @@ def train(out=OUT, *, epochs=10, per_class=600, seed=7, size=96):
     head = [keras.layers.Dropout(0.2), keras.layers.Dense(int(classes.max()) + 1)]
     model = keras.Sequential([keras.layers.RandomFlip("horizontal"), features, *head])
     steps = epochs * -(-int(0.9 * len(pictures)) // 64)
-    model.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(2e-3, steps)),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    past = model.fit(
-        pictures, classes, batch_size=64, epochs=epochs, validation_split=0.1, verbose=2
-    )
+    rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
+    how = {"batch_size": 64, "epochs": epochs, "validation_split": 0.1, "verbose": 2}
+    past = model.fit(pictures, classes, **how)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     features.save(out)
     return past.history["val_accuracy"][-1]
