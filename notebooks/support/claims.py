@@ -249,19 +249,17 @@ def written(where, chosen=None):
 
     A damaged file is said, and left out.
     """
-    records = []
+    rows = []
     for path in sorted(where.glob("[0-9][0-9]_verdicts.json")):
         try:
-            records.append(read_record(path))
+            record = read_record(path)
         except ValueError as error:
             warnings.warn(str(error), stacklevel=2)
-    names = None if chosen is None else {path.stem for path in chosen}
-    rows = [
-        {"notebook": r["notebook"], **c, "shown": show_value(c), "criterion": criterion(c)}
-        for r in records
-        if names is None or r["notebook"] in names
-        for c in r["verdicts"]
-    ]
+            continue
+        for c in record["verdicts"]:
+            told = {"shown": show_value(c), "criterion": criterion(c)}
+            rows.append({"notebook": record["notebook"], **c, **told})
     columns = ["notebook", "id", "claim", "of", "published"]
     columns += ["criterion", "value", "shown", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    found = pd.DataFrame(rows, columns=columns)
+    return found if chosen is None else found[found["notebook"].isin(p.stem for p in chosen)]
