@@ -342,16 +342,14 @@ def resize(picture, size):
     """Return a picture squashed to (size, size, 3), as the thesis did."""
     if picture.shape[:2] == (size, size):
         return picture
-    smaller = min(picture.shape[:2]) > size
-    return cv2.resize(
-        picture, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-    )
+    how = cv2.INTER_AREA if min(picture.shape[:2]) > size else cv2.INTER_LINEAR
+    return cv2.resize(picture, (size, size), interpolation=how)
 
 
 def pictures(manifest, size):
     """Return the pictures of a manifest as one array (n, size, size, 3) uint8 RGB."""
     loaded = [resize(decode(read_bytes(p), p), size) for p in manifest["path"]]
-    return np.stack(loaded) if loaded else np.empty((0, size, size, 3), np.uint8)
+    return np.array(loaded, np.uint8).reshape(-1, size, size, 3)
 
 
 def fingerprint(manifest):

@@ -85,11 +85,9 @@ def split(manifest, phi, *, positive=None):
 def pictures(manifest, size=96):
     """Return the train and test pictures of a manifest, uint8 (n, size, size, 3) and (m, ...).
 
-    Read (or drawn) at 96 pixels a side and averaged down to `size`.
+    Read at 96 pixels a side and averaged down to `size`.
     """
-    images = datasets.pictures(manifest, 96)
-    if size != 96:
-        images = np.stack([datasets.resize(image, size) for image in images])
+    images = np.stack([datasets.resize(p, size) for p in datasets.pictures(manifest, 96)])
     train = (manifest["split"] == "train").to_numpy()
     return images[train], images[~train]
 
