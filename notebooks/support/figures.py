@@ -126,13 +126,9 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
     titles : one a row, written at its left; None leaves them out.
     """
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, squeeze=False, figsize=(size * columns, (size + 0.42) * rows)
-    )
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
-        axis.grid(False)
+    shape = size * columns, (size + 0.42) * rows
+    bare = {"xticks": [], "yticks": [], "frame_on": False}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=shape, subplot_kw=bare)
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         axis.imshow(image, cmap="gray_r" if np.ndim(image) == 2 else None)
         axis.set_xlabel(caption, fontsize=8, labelpad=3, parse_math=False)  # names of files
