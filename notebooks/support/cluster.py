@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import dask
 from distributed import Client, as_completed
@@ -70,10 +71,6 @@ def sweep(client, notebook, settings, folder):
 
 def _run(job):
     source, target, parameters = job
-    os.environ["THESIS_RUNS"] = str(target.with_suffix(""))
-    try:
-        with run.alone(target):
-            if not target.exists():  # another process may have run it meanwhile
-                run.run(source, target, parameters)
-    finally:
-        del os.environ["THESIS_RUNS"]
+    with patch.dict(os.environ, THESIS_RUNS=str(target.with_suffix(""))), run.alone(target):
+        if not target.exists():  # another process may have run it meanwhile
+            run.run(source, target, parameters)
