@@ -13,6 +13,7 @@ from sklearn.metrics.pairwise import euclidean_distances
 
 from helpers import Removals, fit_head, predicted_loss_change, s_test
 from helpers.gradients import per_example_gradients
+from studies.leave_one_out import group_effects
 from support.models import bound_head
 
 
@@ -134,21 +135,15 @@ def put_back(case):
     x, y = case.x[case.gone], case.y[case.gone]
     own = per_example_gradients(model, x, y) + model.decay * model.theta
     step = np.linalg.solve(full.head.hessian(model.theta), full.head.gradient(model.theta))
-    first_order = -(own @ case.s).sum(0) / model.n
-    return _three(case, first_order, model.theta - step, full.theta)
+    thetas = np.stack([model.theta - step, full.theta], axis=1)
+    changes = Removals(model).loss_change(thetas, case.x[case.test], case.y[case.test])
+    return np.stack([-(own @ case.s).sum(0) / model.n, *changes.T])
 
 
 def leave_out(case, rows):
     """Return the same changes (3, m) if the training patients at `rows` are left out."""
-    removals = Removals(case.models[1])
-    newton = removals.theta + removals.group_newton_step(rows)
-    return _three(case, case.changes[:, rows].sum(1), newton, removals.exact_groups([rows])[:, 0])
-
-
-def _three(case, first_order, *thetas):
-    removals = Removals(case.models[1])
     test = case.x[case.test], case.y[case.test]
-    return np.stack([first_order, *removals.loss_change(np.stack(thetas, axis=1), *test).T])
+    return group_effects(case.models[1], [rows], *test)[..., 0]
 
 
 def lbfgs_path(x, y, weight_decay, steps):
