@@ -70,24 +70,21 @@ class NetworkRemovals:
         The point's own curvature is removed as far as it is Gauss-Newton's, J_i' A_i J_i, by a
         rank-C correction (Sherman-Morrison-Woodbury).
         """
-        rows = checks.rows(rows, self.objective.n)
+        n, steps = self.objective.n, []
+        rows = checks.rows(rows, n)
         x, y, weight = self.objective.data.gather(rows)
         own = per_example_gradients(self.objective, x, y).T * weight.numpy()
         share = (self.objective.decay * self.theta)[:, None]
-        gradient = self.gradient[:, None] - (own + share) / self.objective.n
-        return -np.stack(
-            [self._solve_left_out(g, i) for g, i in zip(gradient.T, rows, strict=True)], axis=1
-        )
-
-    def _solve_left_out(self, g, row):
-        """Return (K + damping I - J_i' A_i J_i / n)^-1 g for one vector (p,)."""
-        n = self.objective.n
-        x, y, weight = self.objective.data.gather(np.array([row]))
-        u, signs = (part[0] for part in curvature_factors(self.objective, x, y))
-        u *= np.sqrt(float(weight[0]))
-        both = self.factor.solve(np.column_stack([g, u]))
-        middle = np.diag(np.where(signs < 0, -1.0, 1.0)) - u.T @ both[:, 1:] / n
-        return both[:, 0] + both[:, 1:] @ np.linalg.solve(middle, u.T @ both[:, 0] / n)
+        gradient = self.gradient[:, None] - (own + share) / n
+        for g, row in zip(gradient.T, rows, strict=True):
+            x, y, weight = self.objective.data.gather([row])
+            u, signs = (part[0] for part in curvature_factors(self.objective, x, y))
+            u *= np.sqrt(float(weight[0]))
+            both = self.factor.solve(np.column_stack([g, u]))
+            middle = np.diag(np.where(signs < 0, -1.0, 1.0)) - u.T @ both[:, 1:] / n
+            bent = np.linalg.solve(middle, u.T @ both[:, 0] / n)
+            steps.append(-(both[:, 0] + both[:, 1:] @ bent))
+        return np.stack(steps, axis=1)
 
     def newton(self, rows):
         """Return theta_-i (p, k) after one step of Newton's method with the exact left-out Hessian.
@@ -138,9 +135,8 @@ class NetworkRemovals:
         the loss, parameters by (damping/2) ||t - theta||^2 and the decay. Its first order is the
         influence with the Gauss-Newton matrix and the same damping, the best matrix to start from.
         """
-        x, y, _ = self.objective.data.gather(np.arange(self.objective.n))
-        batches = self.objective.data.of(x, y)
-        slopes = np.concatenate([output_slopes(self.objective, xb, yb) for xb, yb, _ in batches])
+        batches = self.objective.data.each()
+        slopes = np.concatenate([output_slopes(self.objective, x, y) for x, y, _ in batches])
         target = partial(_target, self.objective, anchor=_Anchor(self.theta, damping, slopes))
         return self._refits(rows, target, tol, checkpoint, "proximal", damping)
 
