@@ -161,10 +161,15 @@ class NetworkRemovals:
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for parameters (p, k), (m, k) nats."""
-        objective, losses = self.objective, []
-        for objective.theta in (*thetas.T, self.theta):
-            losses.append(objective.losses(x_test, y_test))
-        return np.stack(losses[:-1], axis=1) - losses[-1][:, None]
+        return loss_change(self.objective, thetas, self.theta, x_test, y_test)
+
+
+def loss_change(objective, thetas, before, x, y):
+    """Return loss(z, theta_k) - loss(z, before) for parameters (p, k), (m, k); ends at `before`."""
+    losses = []
+    for objective.theta in (*thetas.T, before):
+        losses.append(objective.losses(x, y))
+    return np.stack(losses[:-1], axis=1) - losses[-1][:, None]
 
 
 class _Anchor(NamedTuple):

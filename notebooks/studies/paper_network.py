@@ -25,7 +25,7 @@ from helpers.ekfac import Blocks
 from helpers.gradients import per_example_gradients
 from helpers.spectrum import spectrum
 from studies import networks
-from studies.network_retraining import NetworkRemovals
+from studies.network_retraining import NetworkRemovals, loss_change
 from support import datasets, models, stored
 
 STAGES = {1e-4: 110_000, 1e-5: 110_000, 1e-6: 280_000}  # learning rate: steps at it
@@ -280,14 +280,7 @@ class Protocol:
 
     def change(self, thetas, before, rows):
         """Return the changes (m, k) of test losses from parameters `before` (p,) to (k, p)."""
-        return self.losses(thetas, rows) - self.losses(before[None], rows)
-
-    def losses(self, thetas, rows):
-        """Return the losses (m, k) of test digits with parameters thetas (k, p)."""
-        objective, found = self.objective(thetas[0]), []
-        for objective.theta in thetas:
-            found.append(objective.losses(*self.test(rows)))
-        return np.stack(found, axis=1)
+        return loss_change(self.objective(before), thetas.T, before, *self.test(rows))
 
     def judges(self, theta, seed, n_right=3, n_wrong=2, least_loss=0.1):
         """Return test digits (m,) drawn at random: some named right, some wrong; and the accuracy.
