@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import keras
 import numpy as np
@@ -215,13 +215,12 @@ class Protocol:
         def compute():
             objective = self.objective(theta)
             gradients = per_example_gradients(objective, *self.test(rows)).T
-            matrix = (GaussNewton if gauss_newton else Hessian)(objective)
             solver = CG(self.damping)  # `lowest_curvature` says whether H + damping I is positive
             with warnings.catch_warnings(action="ignore"):
-                return predicted_loss_change(objective, solve(matrix, gradients, solver))
+                return predicted_loss_change(objective, solve(kind(objective), gradients, solver))
 
-        matrix = ["Gauss-Newton"] if gauss_newton else []
-        return self.keep([*self._judged(theta, rows), *matrix], compute)
+        kind = GaussNewton if gauss_newton else Hessian
+        return self.keep([*self._judged(theta, rows), kind.__name__], compute)
 
     def _judged(self, theta, rows):
         x, y, *test = self.digits.x_train, self.digits.y_train, *self.test(rows)
@@ -248,28 +247,25 @@ class Protocol:
         first = networks.predicted(objective, g, *test, damping=self.damping)
         return first[:, removed], removals.loss_change(held.thetas, *test), held
 
-    def cheaper(self, theta, rows, *, lissa_depth=1000, lissa_batch=100):
+    def cheaper(self, theta, rows, *, lissa_depth=1000):
         """Return {method: (predicted changes (m, n), cost)} of what a larger network could afford.
 
         The cost is in gradients of all training digits, a product with H being two; changes are
         None where a method diverged.
         """
         objective, (x, y), n = self.objective(theta), self.test(rows), len(self.digits.x_train)
-        gradients, shift = per_example_gradients(objective, x, y).T, self.damping
-        change, classes = predicted_loss_change, 10
-        last = self.objective(None, parameters="last_layer")
-        how = {"depth": lissa_depth, "batch_size": min(lissa_batch, n), "rtol": 1.0}
+        last, shift = self.objective(None, parameters="last_layer"), self.damping
+        gradients, classes = per_example_gradients(objective, x, y).T, 10
+        change = partial(predicted_loss_change, objective)
         found = {
-            "EK-FAC": (Blocks(objective, shift).solve(gradients), 2 * (1 + classes)),
-            "gradients alone": (gradients / shift, 0),
+            "EK-FAC": (change(Blocks(objective, shift).solve(gradients)), 2 * (1 + classes) + 1),
+            "gradients alone": (change(gradients / shift), 1),
+            "last layer": (predicted_loss_change(last, s_test(last, x, y, damping=shift)), 1),
         }
-        found = {name: (change(objective, s), cost + 1) for name, (s, cost) in found.items()}
-        of_last = s_test(last, x, y, damping=shift)
-        found["last layer"] = change(last, of_last), 1
+        how = {"depth": lissa_depth, "batch_size": min(100, n), "rtol": 1.0}
         cost = 2 * lissa_depth * how["batch_size"] / n + 1
         try:
-            solution = solve(objective, gradients, LiSSA(shift, **how))
-            found["LiSSA"] = change(objective, solution.x), cost
+            found["LiSSA"] = change(solve(objective, gradients, LiSSA(shift, **how)).x), cost
         except FloatingPointError:
             found["LiSSA"] = None, cost
         return found
