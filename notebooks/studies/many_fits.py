@@ -93,9 +93,7 @@ def _basis(head, labels, share, theta):
 
 
 def _whitened(head, labels, share, theta):
-    plain = _Basis(head.phi, head.phi.T, head.decay, np.zeros(head.n), None)
-    columns = _Columns(head, plain, labels, share)
-    a = columns.curvatures(columns.outputs(theta))
+    a = _Columns(head, None, labels, share).curvatures(head.outputs(head.phi, theta))
     pull = np.maximum(np.einsum("naak->n", a), 0) / (head.c * a.shape[-1])
     factor = Factor(damped(gram(head.phi, pull), head.decay[:: head.c]))
     psi = np.ascontiguousarray(factor.whiten(head.phi.T).T)
@@ -148,10 +146,8 @@ class _Columns:
             g = gradient[:, left]
             rtol = np.minimum(0.1, np.sqrt(np.linalg.norm(g, axis=0)))
             direction, moved = some.solve(outputs[..., left], g, rtol)
-            length = some._armijo(u, outputs, loss, left, direction, moved, g)
-            u[:, left] -= length * direction
-            outputs[..., left] -= length * moved
-            loss[left] = some._loss(u[:, left], outputs[..., left])
+            now = u[:, left], outputs[..., left], loss[left]
+            u[:, left], outputs[..., left], loss[left] = some._armijo(*now, direction, moved, g)
         return Fits(self.basis.leave(u), norms)
 
     def solve(self, outputs, gradient, rtol):
@@ -184,17 +180,17 @@ class _Columns:
         direction[:, at], moved[..., at] = x, out
         return direction, moved
 
-    def _armijo(self, u, outputs, loss, left, direction, moved, gradient):
-        """Return the length (k,) of each column's step: halved until its loss falls enough."""
-        decrease, length = (gradient * direction).sum(0), np.ones(len(left))
+    def _armijo(self, u, outputs, loss, direction, moved, gradient):
+        """Return u, outputs, loss after each column's step: halved until its loss falls enough."""
+        decrease, length = (gradient * direction).sum(0), np.ones(len(loss))
         for _ in range(40):
-            trial = u[:, left] - length * direction
-            value = self._loss(trial, outputs[..., left] - length * moved)
-            short = (value > loss[left] - 1e-4 * length * decrease) & (decrease > 1e-14)
+            trial = u - length * direction, outputs - length * moved
+            value = self._loss(*trial)
+            short = (value > loss - 1e-4 * length * decrease) & (decrease > 1e-14)
             if not short.any():
                 break
             length[short] /= 2
-        return length
+        return *trial, value
 
 
 class Replacements:
@@ -220,15 +216,14 @@ class Replacements:
         (K, d). start : theta (p, k) to begin at, by default the clean fit's.
         """
         head, k, rows = self.head, int(np.max(owner)) + 1, checks.rows(rows, self.head.n)
-        labels = np.repeat(np.concatenate([head.y.ravel(), head.y.ravel()[rows]])[:, None], k, 1)
-        share = np.repeat(self.share[:, None], k, 1)
+        every = np.r_[: head.n, rows]  # a replaced point stays where it was, with no share
+        labels, share = (np.repeat(a[every, None], k, 1) for a in (head.y.ravel(), self.share))
         share[rows, owner] = 0
-        own = np.zeros((len(rows), k))
-        own[np.arange(len(rows)), owner] = self.share[rows]
+        share[head.n :] *= np.equal.outer(owner, np.arange(k))
         psi = np.concatenate([self.basis.psi, self.basis.factor.whiten(phi.T).T])
         pull = np.concatenate([self.basis.pull, np.zeros(len(rows))])
         basis = self.basis._replace(psi=psi, psi_t=psi.T, pull=pull)
-        columns = _Columns(head, basis, labels, np.concatenate([share, own]))
+        columns = _Columns(head, basis, labels, share)
         begin = np.repeat(self.theta[:, None], k, 1) if start is None else start
         fits = columns.fit(begin, tol)
 
