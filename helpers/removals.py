@@ -47,11 +47,7 @@ class Removals:
         self.residual = head.residuals(head.y, self.outputs) * head.weight[:, None]
         self.curvature = np.concatenate([a for _, a in head.curvatures_in_parts(self.theta)])
         self.curvature *= head.weight[:, None, None]
-        self._decay_theta = head.decay * self.theta
-        if head.c == 1:
-            self._white = self.factor.whiten(head.phi.T)  # (p, n): L^-1 phi_i
-            self._q = (self._white**2).sum(0)  # phi_i' K^-1 phi_i
-            self._shift_i = gemm(self._white.T, self.factor.whiten(self._decay_theta))
+        self._pull = self.factor.solve(head.decay * self.theta)  # K^-1 decay theta
 
     @cached_property
     def at_minimum(self):
@@ -61,23 +57,40 @@ class Removals:
 
     @property
     def leverage(self):
-        if self.head.c == 1:
-            return self.curvature[:, 0, 0] * self._q / self.head.n
         return np.linalg.eigvals(self.curvature @ self.own / self.head.n).real.max(1)
 
     @cached_property
     def own(self):
         """Q_i = phi_i' K^-1 phi_i of each training point, (n, C, C)."""
-        head = self.head
-        if head.c == 1:
-            return self._q[:, None, None]
+        return self._own_of(np.arange(self.head.n))
+
+    def _own_of(self, rows):
+        """Return Q_i of some training points, (k, C, C)."""
         blocks = []
-        for rows in np.array_split(np.arange(head.n), -(-head.n // 256)):
-            wide = head.phi[rows].T[:, None, :, None] * np.eye(head.c)[None, :, None, :]
-            white = self.factor.whiten(wide.reshape(head.d * head.c, -1))
-            white = white.reshape(-1, len(rows), head.c).transpose(1, 2, 0)
+        for part in np.array_split(rows, max(1, -(-len(rows) // 256))):
+            white = self.factor.whiten(self._wide(self.head.phi[part]))
+            white = white.reshape(len(white), len(part), self.head.c).transpose(1, 2, 0)
             blocks.append(white @ white.transpose(0, 2, 1))
         return np.concatenate(blocks)
+
+    def _wide(self, phi):
+        """Return phi_i (x) I of each row, side by side: (p, k C)."""
+        wide = phi.T[:, None, :, None] * np.eye(self.head.c)[None, :, None, :]
+        return wide.reshape(len(self.theta), -1)
+
+    def _bent(self, rows, own, moved):
+        """Return (I - A_i Q_i/n)^-1 A_i moved_i/n, (k, C): Woodbury's term for outputs moved."""
+        a = self.curvature[rows] / self.head.n
+        return np.linalg.solve(np.eye(self.head.c) - a @ own, a @ moved[..., None])[..., 0]
+
+    def _directions(self, rows, own):
+        """Return d_i (k, C): a Newton step without point i is K^-1 (phi_i (x) d_i + decay theta)/n.
+
+        Without the term that its curvature adds, d_i would be its residual.
+        """
+        head, residual = self.head, self.residual[rows]
+        moved = np.einsum("kab,kb->ka", own, residual) + head.outputs(head.phi[rows], self._pull)
+        return residual + self._bent(rows, own, moved)
 
     def self_influence(self):
         """Return r_i' Q_i r_i (n,): `influence.self_influence` of every point from this factor.
@@ -88,71 +101,43 @@ class Removals:
         return np.einsum("na,nab,nb->n", residual, self.own, residual)
 
     def left_out_losses(self):
-        """Return the loss of each training point after a Newton step that leaves it out, (n,).
-
-        In closed form: the point's own output moves by (own + Q middle)/n with own = Q r + phi'
-        K^-1 decay theta and middle = (I - A Q/n)^-1 A own/n.
-        """
-        head, eye = self.head, np.eye(self.head.c)
-        own = (self.own @ self.residual[..., None])[..., 0]
-        own += head.outputs(head.phi, self.factor.solve(self._decay_theta))
-        bent = (self.curvature @ own[..., None]) / head.n
-        middle = np.linalg.solve(eye - self.curvature @ self.own / head.n, bent)
-        shift = (own + (self.own @ middle)[..., 0]) / head.n
-        return head.losses(head.y, self.outputs + shift)
-
-    def _pieces(self, rows):
-        """Return Z = K^-1 (phi_i (x) I) and the coupling (w_i/n) A_i phi_i' Z, (k, C, C)."""
-        head, k = self.head, len(rows)
-        blocks = head.phi[rows].T[:, None, :, None] * np.eye(head.c)[None, :, None, :]
-        z = self.factor.solve(blocks.reshape(head.d * head.c, -1)).reshape(-1, k, head.c)
-        q = np.einsum("kd,dckb->kcb", head.phi[rows], z.reshape(head.d, head.c, k, head.c))
-        return z, self.curvature[rows] @ q / head.n
-
-    def _solve_left_out(self, g, rows, z, coupling):
-        """Return (K - (w_i/n) phi_i A_i phi_i')^-1 g_i for the columns g (p, k)."""
-        head, k = self.head, len(rows)
-        x = self.factor.solve(g)
-        own = np.einsum("kd,dck->kc", head.phi[rows], x.reshape(head.d, head.c, k))
-        bent = np.einsum("kab,kb->ka", self.curvature[rows], own)[..., None] / head.n
-        middle = np.linalg.solve(np.eye(head.c) - coupling, bent)[..., 0]
-        return x + np.einsum("pkc,kc->pk", z, middle)
+        """Return the loss of each training point after a Newton step that leaves it out, (n,)."""
+        head, directions = self.head, self._directions(slice(None), self.own)
+        shift = np.einsum("nab,nb->na", self.own, directions) + head.outputs(head.phi, self._pull)
+        return head.losses(head.y, self.outputs + shift / head.n)
 
     def newton_steps(self, rows):
         """Return theta_-i - theta by one Newton step on the left-out objective, (p, k)."""
         rows = checks.rows(rows, self.head.n)
-        return self._newton_steps(rows, *self._pieces(rows))
+        return self._newton_steps(rows, self._own_of(rows))
 
-    def _newton_steps(self, rows, z, coupling):
-        own = self.head.gradients(self.head.phi[rows], self.residual[rows]).T
-        gradient = own + self._decay_theta[:, None]
-        return self._solve_left_out(gradient, rows, z, coupling) / self.head.n
+    def _newton_steps(self, rows, own):
+        gradients = self.head.gradients(self.head.phi[rows], self._directions(rows, own))
+        return (self.factor.solve(gradients.T) + self._pull[:, None]) / self.head.n
 
     def newton_loss_change(self, x_test, y_test, rows=None):
         """Return loss(z_test, theta + Newton step_i) - loss(z_test, theta) in nats, (m, k).
 
-        For the given rows (k,), by default all n training points. Evaluated, not linearised. For
-        one output every shift of every test output comes from one GEMM: no solve a point.
+        For the given rows (k,), by default all n training points. Evaluated, not linearised. K^-1
+        is applied to the test features, so that there is no solve a training point.
         """
         head, every = self.head, rows is None
-        rows = np.arange(head.n) if every else checks.rows(rows, head.n)
+        rows = slice(None) if every else checks.rows(rows, head.n)  # no copy of them all
+        directions = self._directions(rows, self.own if every else self._own_of(rows))
         x_test, y_test = self.objective.examples(x_test, y_test)
-        phi = head.features(x_test, y_test)
-        base = head.outputs(phi, self.theta)
-        if head.c == 1:
-            white = self.factor.whiten(phi.T)
-            shift_t = gemm(white.T, self.factor.whiten(self._decay_theta))
-            residual = self.residual[rows, 0]
-            own = residual * self._q[rows] + self._shift_i[rows]
-            bend = self.curvature[rows, 0, 0] / head.n * own / (1 - self.leverage[rows])
-            towards = self._white if every else self._white[:, rows]  # no copy of them all
-            shift = (gemm(white.T, towards) * (residual + bend) + shift_t[:, None]) / head.n
-            moved = base[:, :, None] + shift[:, None, :]
-            return head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
-        changes = np.empty((len(phi), len(rows)))
-        for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 64))):
-            moved = head.outputs(phi, self.theta[:, None] + self.newton_steps(rows[part]))
-            changes[:, part] = head.losses(y_test, moved) - head.losses(y_test, base)[:, None]
+        phi, (k, c) = head.features(x_test, y_test), directions.shape
+        changes = np.empty((len(phi), k))
+        size = self.objective.data.affordable(24 * c * c * (head.d + k))
+        for start in range(0, len(phi), size):
+            part = slice(start, start + size)
+            asked, y = phi[part], y_test[part]
+            towards = self.factor.solve(self._wide(asked)).reshape(head.d, -1)
+            towards = gemm(head.phi[rows], towards).reshape(k, c, len(asked), c)
+            shift = np.einsum("ka,kamb->mbk", directions, towards)
+            shift += head.outputs(asked, self._pull)[..., None]
+            before = head.outputs(asked, self.theta)
+            after = head.losses(y, before[..., None] + shift / head.n)
+            changes[part] = after - head.losses(y, before)[:, None]
         return changes
 
     def exact(self, rows, *, tol=1e-10, batch=None, max_steps=200):
@@ -236,25 +221,31 @@ class Removals:
         return {"weight": weight, "n": self.head.n - len(rows)}
 
     def _exact(self, rows, tol, max_steps):
-        head, (z, coupling) = self.head, self._pieces(rows)
-        theta = self.theta[:, None] + self._newton_steps(rows, z, coupling)
-        left = np.arange(len(rows))
-        last = np.full(len(rows), np.inf)
-        for _ in range(max_steps):
+        head, k = self.head, len(rows)
+        z = self.factor.solve(self._wide(head.phi[rows])).reshape(-1, k, head.c)
+        own = np.einsum("kd,dckb->kcb", head.phi[rows], z.reshape(head.d, head.c, k, head.c))
+        theta = self.theta[:, None] + self._newton_steps(rows, own)
+        left, last = np.arange(k), np.full(k, np.inf)
+        for step in range(max_steps + 1):
             gradient = self._left_out_gradient(theta[:, left], rows[left])
             norms = np.linalg.norm(gradient, axis=0)
-            slow = norms > 0.9 * last[left]
+            slow = norms > (0.9 * last[left] if step < max_steps else 0)
             go = (norms > tol) & ~slow
             for j in left[self._judged(gradient * slow, tol)[1]]:
-                theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
+                alone = self._without(rows[j])
+                theta[:, j] = newton(head, theta[:, j], tol, 100, **alone)[0]
             last[left], left = norms, left[go]
             if not len(left):
-                return theta
-            step = self._solve_left_out(gradient[:, go], rows[left], z[:, left], coupling[left])
+                break
+            step = self._solve_left_out(gradient[:, go], rows[left], z[:, left], own[left])
             theta[:, left] -= step * (head.n - 1) / head.n
-        for j in left:
-            theta[:, j] = self._refit_alone(theta[:, j], rows[j], tol)
         return theta
+
+    def _solve_left_out(self, g, rows, z, own):
+        """Return (K - (w_i/n) phi_i A_i phi_i')^-1 g_i for the columns g (p, k)."""
+        head, x = self.head, self.factor.solve(g)
+        moved = np.einsum("kd,dck->kc", head.phi[rows], x.reshape(head.d, head.c, -1))
+        return x + np.einsum("pkc,kc->pk", z, self._bent(rows, own, moved))
 
     def _left_out_gradient(self, theta, rows):
         """Return the gradient of the objective without point rows[j] at column j, (p, k)."""
@@ -263,9 +254,6 @@ class Removals:
         r[rows, :, np.arange(k)] = 0.0
         data = gemm(head.phi.T, r.reshape(head.n, -1)).reshape(theta.shape)
         return data / (head.n - 1) + head.decay[:, None] * theta
-
-    def _refit_alone(self, theta, row, tol):
-        return newton(self.head, theta, tol, 100, **self._without(row))[0]
 
     def loss_change(self, thetas, x_test, y_test):
         """Return loss(z_test, theta_k) - loss(z_test, theta) for refits (p, k), (m, k) nats."""
