@@ -49,24 +49,20 @@ class Blocks:
         shift = objective.decay + damping
         if shift.min() <= 0:
             raise ValueError("EK-FAC needs weight decay on every parameter, or damping > 0.")
-        self._wheres = list(_blocks(objective).values())
-        self._scales = [1 / np.sqrt(shift[where[:, :1]]) for where in self._wheres]
-        d_o = [where.shape for where in self._wheres]
-        squares = [(k, k) for shape in d_o for k in shape]
-        scales = [tf.constant(scale[:, 0], objective.dtype) for scale in self._scales]
-        factors = _unpacked(_factors(objective, scales), squares)
-        bases = [np.linalg.eigh(factor)[1] for factor in factors]
-        self._bases = list(zip(bases[::2], bases[1::2], strict=True))
-        turned = [tf.constant(basis, objective.dtype) for basis in bases]
-        diagonals = _unpacked(_diagonals(objective, scales, turned), d_o)
-        self._diagonals = [1 + diagonal / objective.n for diagonal in diagonals]
+        wheres = list(_blocks(objective).values())
+        scales = [1 / np.sqrt(shift[where[:, :1]]) for where in wheres]
+        squares = [(k, k) for where in wheres for k in where.shape]
+        known = [[tf.constant(scale[:, 0], objective.dtype) for scale in scales]]
+        bases = [np.linalg.eigh(f)[1] for f in _sums(objective, _factors, squares, known)]
+        known.append([tf.constant(basis, objective.dtype) for basis in bases])
+        diagonals = _sums(objective, _diagonals, [where.shape for where in wheres], known)
+        diagonals = [1 + diagonal / objective.n for diagonal in diagonals]
+        self._layers = list(zip(wheres, scales, bases[::2], bases[1::2], diagonals, strict=True))
 
     def solve(self, b):
         """Return the solution for columns (p, k), in float64."""
         x = np.empty_like(b)
-        for where, scale, (q, r), diagonal in zip(
-            self._wheres, self._scales, self._bases, self._diagonals, strict=True
-        ):
+        for where, scale, q, r, diagonal in self._layers:
             v = _rotated(b[where] * scale[..., None], q, r) / diagonal[..., None]
             x[where] = _rotated(v, q.T, r.T) * scale[..., None]
         return x
@@ -124,50 +120,42 @@ def _passes(objective, x, y):
         yield a, g
 
 
-@compiled
-def _factors(objective, scales):
-    """Return the sums of w a a' and of w g g' over examples, columns and positions, packed."""
-
-    def one_batch(x, y, weight):
-        sums = []
-        for (a, g), scale in zip(_passes(objective, x, y), scales, strict=True):
-            for rows in (a * scale, g):
-                weighted = tf.reshape(rows * weight[:, None, None], (-1, rows.shape[-1]))
-                flat = tf.reshape(rows, (-1, rows.shape[-1]))
-                sums.append(tf.matmul(flat, weighted, transpose_a=True))
-        return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
-
-    size = sum(k * k for where in _blocks(objective).values() for k in where.shape)
-    zeros = tf.zeros(size, objective.dtype)
-    return objective.data.accumulate(one_batch, zeros, _copies(objective))
+def _sums(objective, terms, shapes, known):
+    """Return the sums over all batches of what terms(passes, weight, *known) yields, in float64."""
+    *ends, size = np.cumsum([np.prod(shape) for shape in shapes])
+    packed = _packed(objective, terms, int(size), known).numpy().astype(np.float64)
+    parts = np.split(packed, ends)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @compiled
-def _diagonals(objective, scales, bases):
-    """Return the sums of w (q' a g' r)^2 over examples and columns, packed."""
-
+def _packed(objective, terms, size, known):
     def one_batch(x, y, weight):
-        sums = []
-        for k, (a, g) in enumerate(_passes(objective, x, y)):
-            a, g = tf.matmul(a * scales[k], bases[2 * k]), tf.matmul(g, bases[2 * k + 1])
-            if a.shape[1] == 1:  # the square of a g' is the product of the squares
-                squares = tf.reduce_sum(g[:, :, 0] ** 2, 0) * weight[:, None]
-                sums.append(tf.matmul(a[:, 0] ** 2, squares, transpose_a=True))
-            else:
-                rows = tf.matmul(a[None], g, transpose_a=True)
-                sums.append(tf.reduce_sum(rows**2 * weight[:, None, None], (0, 1)))
-        return tf.concat([tf.reshape(s, [-1]) for s in sums], 0)
+        passes = _passes(objective, x, y)
+        return tf.concat([tf.reshape(s, [-1]) for s in terms(passes, weight, *known)], 0)
 
-    zeros = tf.zeros(objective.p, objective.dtype)
-    return objective.data.accumulate(one_batch, zeros, _copies(objective))
-
-
-def _copies(objective):
-    """Return how many batches' worth of activations a pass holds: C of them, and of gradients."""
+    # a pass holds the activations of C columns, and their gradients
     gradients = 8 * objective.p / max(1, objective.data.bytes_an_example)
-    return int(objective.loss.width * (1 + gradients))
+    copies = int(objective.loss.width * (1 + gradients))
+    return objective.data.accumulate(one_batch, tf.zeros(size, objective.dtype), copies)
 
 
-def _unpacked(packed, shapes):
-    parts = np.split(packed.numpy().astype(np.float64), np.cumsum([np.prod(s) for s in shapes]))
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+def _factors(passes, weight, scales):
+    """Yield the sums of w a a' and of w g g' over examples, columns and positions."""
+    for (a, g), scale in zip(passes, scales, strict=True):
+        for rows in (a * scale, g):
+            weighted = tf.reshape(rows * weight[:, None, None], (-1, rows.shape[-1]))
+            flat = tf.reshape(rows, (-1, rows.shape[-1]))
+            yield tf.matmul(flat, weighted, transpose_a=True)
+
+
+def _diagonals(passes, weight, scales, bases):
+    """Yield the sums of w (q' a g' r)^2 over examples and columns."""
+    for (a, g), scale, q, r in zip(passes, scales, bases[::2], bases[1::2], strict=True):
+        a, g = tf.matmul(a * scale, q), tf.matmul(g, r)
+        if a.shape[1] == 1:  # the square of a g' is the product of the squares
+            squares = tf.reduce_sum(g[:, :, 0] ** 2, 0) * weight[:, None]
+            yield tf.matmul(a[:, 0] ** 2, squares, transpose_a=True)
+        else:
+            rows = tf.matmul(a[None], g, transpose_a=True)
+            yield tf.reduce_sum(rows**2 * weight[:, None, None], (0, 1))
