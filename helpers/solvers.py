@@ -411,25 +411,18 @@ def _small_eigh(a, b, diagonal=None):
 def _ritz_ends(curvatures, factors, largest=1000):
     """Return the ends of the spectrum of the block Lanczos matrix that the steps D_i, F_i imply.
 
-    Its diagonal blocks are D_i + F_i D_i-1 F_i', below them -F_i+1 D_i (Saad 2003, 6.7, for one
-    column); of a large one the leading part.
+    It is B D B' with blocks D_i on the diagonal of D, I on that of B and -F_i below (Saad 2003,
+    6.7, for one column); of a large one the leading part.
     """
-    k = curvatures.shape[-1]
-    curvatures = curvatures[: -(-largest // max(k, 1))]
-    steps = len(curvatures)
-    blocks = np.zeros((steps, k, steps, k))
-    for i in range(steps):
-        blocks[i, :, i] = curvatures[i]
-        if i:
-            f, d = factors[i - 1], curvatures[i - 1]
-            blocks[i, :, i] += f @ d @ f.T
-            blocks[i, :, i - 1] = -f @ d
-            blocks[i - 1, :, i] = blocks[i, :, i - 1].T
-    alive = np.flatnonzero(np.einsum("iaa->ia", curvatures).ravel())[:largest]
+    steps, k = curvatures.shape[:2]
+    steps = min(steps, -(-largest // max(k, 1)))
+    d, b = scipy.linalg.block_diag(*curvatures[:steps]), np.eye(steps * k)
+    alive = np.flatnonzero(np.diag(d))[:largest]
     if not len(alive):
         return np.nan, np.nan
-    matrix = blocks.reshape(steps * k, -1)[np.ix_(alive, alive)]
-    values = np.linalg.eigvalsh(matrix)
+    b[k:, :-k] -= scipy.linalg.block_diag(*factors[: steps - 1])
+    b = b[alive]
+    values = np.linalg.eigvalsh(b @ d @ b.T)
     return values[0], values[-1]
 
 
