@@ -156,9 +156,11 @@ def columns_of(b):
 
 def _certified(H, b, x, size, single, solver, known):
     """Return the Solution x * size: what is `known` about the solve, and its true residual."""
-    product, k = known.get("product") or partial(_fresh, H, solver.damping), b.shape[1]
-    residual = known["residual"] if "residual" in known else b - np.asarray(product(x), np.float64)
-    residual, norms = np.linalg.norm(residual, axis=0), np.linalg.norm(b, axis=0)
+    k, norms = b.shape[1], np.linalg.norm(b, axis=0)
+    residual = known.get("residual")
+    if residual is None:
+        residual = _residual(H, solver.damping, b, x, known.get("matrix"))
+    residual = np.linalg.norm(residual, axis=0)
     relative = np.divide(residual, norms, out=np.zeros_like(residual), where=norms > 0)
     negative = known.get("negative", np.zeros(k, bool))
     low, high = known.get("spectrum", (np.nan, np.nan))
@@ -184,9 +186,10 @@ def _certified(H, b, x, size, single, solver, known):
     )
 
 
-def _fresh(H, damping, x):
-    """Return (H + damping I) x (p, k) from a product of its own."""
-    return H.damped(tf.constant(x), tf.constant(damping, tf.float64)).numpy()
+def _residual(H, damping, b, x, matrix=None):
+    """Return b - (H + damping I) x from a product of its own, or of the matrix if that is exact."""
+    exact = matrix is not None and (not H.objective or H.objective.head)
+    return b - (matrix @ x if exact else H @ x + damping * x)
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,7 @@ class Cholesky(Solver):
 
     def run(self, H, b):
         a, factor = factored(H, self.damping)
-        exact = a.__matmul__ if _is_exact(H) else None
-        return factor.solve(b), {"largest": np.abs(a).sum(0).max(), "product": exact}
+        return factor.solve(b), {"largest": np.abs(a).sum(0).max(), "matrix": a}
 
 
 def factored(H, damping):
@@ -249,15 +251,8 @@ class Eigh(Solver):
         values, q = scipy.linalg.eigh(a)
         zero = len(values) * np.finfo(float).eps * np.abs(values).max()
         inverse = np.divide(1.0, values, out=np.zeros_like(values), where=np.abs(values) > zero)
-        known = {"negative": np.full(b.shape[1], values[0] < -zero)}
-        known |= {"spectrum": (values[0], values[-1])}
-        known["product"] = a.__matmul__ if _is_exact(H) else None
-        return q @ ((q.T @ b) * inverse[:, None]), known
-
-
-def _is_exact(H):
-    """Return whether a dense H is exact: an array, or the closed form of a head."""
-    return not H.objective or bool(H.objective.head)
+        known = {"negative": np.full(b.shape[1], values[0] < -zero), "matrix": a}
+        return q @ ((q.T @ b) * inverse[:, None]), known | {"spectrum": (values[0], values[-1])}
 
 
 class Preconditioner(NamedTuple):
@@ -317,7 +312,7 @@ class CG(Solver):
             history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
             if "spectrum" not in known and precondition.function is unchanged:
                 known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
-            residual = b - _fresh(H, self.damping, x)
+            residual = _residual(H, self.damping, b, x)
             if not np.isfinite(residual).all():
                 raise FloatingPointError(
                     "A product is NaN or infinite: look at the model's losses."
