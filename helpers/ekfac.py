@@ -63,14 +63,10 @@ class Blocks:
         """Return the solution for columns (p, k), in float64."""
         x = np.empty_like(b)
         for where, scale, q, r, diagonal in self._layers:
-            v = _rotated(b[where] * scale[..., None], q, r) / diagonal[..., None]
-            x[where] = _rotated(v, q.T, r.T) * scale[..., None]
+            v = b[where] * scale[..., None]
+            v = np.einsum("ai,bj,abk->ijk", q, r, v, optimize=True) / diagonal[..., None]
+            x[where] = np.einsum("ai,bj,ijk->abk", q, r, v, optimize=True) * scale[..., None]
         return x
-
-
-def _rotated(v, q, r):
-    """Return q' V_k r of every column k of v (d, o, k)."""
-    return np.tensordot(r, np.tensordot(q, v, (0, 0)), (0, 1)).swapaxes(0, 1)
 
 
 def _blocks(objective):
