@@ -119,6 +119,16 @@ def test_the_table_names_addresses_and_checks():
     assert mnist.check == f"sha256:{datasets.MNIST_NPZ_SHA256}"
 
 
+def test_the_smaller_vehicles_are_not_taken_for_the_others(web, capsys):
+    assert fetch.main(["vehicles_small"]) == 0
+    small, large = (fetch.choose([name])[0] for name in ("vehicles_small", "vehicles"))
+    assert fetch.state(small) == "there"
+    assert fetch.state(large) == "to fetch"
+    assert fetch.main(["vehicles"]) == 0
+    assert fetch.state(large) == "there"
+    assert fetch.state(small) == "to fetch"
+
+
 def test_everything_is_fetched_once(web, tmp_path, capsys):
     assert fetch.main([]) == 0
     told = capsys.readouterr().out

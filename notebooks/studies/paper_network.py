@@ -228,7 +228,7 @@ class Protocol:
 
     def lowest_curvature(self, theta):
         """Return the smallest eigenvalue of H at theta that 40 steps of Lanczos find."""
-        numbers = [theta, self.weight_decay, self.digits.x_train, "lowest"]
+        numbers = [theta, self.weight_decay, *self.digits[:2], "lowest"]
         found = self.keep(numbers, lambda: spectrum(self.objective(theta)).lambda_min)
         return float(found)
 

@@ -348,4 +348,4 @@ def _one_graph(picture, label, backbone, weights):
     x, weights = picture[None].astype(dtype), tf.constant(weights, dtype)
     for _ in range(2):
         along = (1 - 2 * label) * np.sign(slope(tf.constant(x), weights)[1].numpy())
-        x = np.clip(x + STEP * along, picture - BOX, picture + BOX)
+        x = np.clip(x + STEP * along, picture - BOX, picture + BOX).astype(dtype)

@@ -114,12 +114,14 @@ def state(source):
         try:
             table = pd.read_csv(path / "manifest.csv", dtype=str)
             sums = dict(zip(table["file"], table["fetched_sha256"], strict=True))
+            origins = set(table["source"])
         except (OSError, KeyError, ValueError):
             return "yours"
         files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
         if files - {*sums, "manifest.csv"}:
             return "yours"  # somebody has added to what was fetched
         right = all(datasets.checksum(path / file) == known for file, known in sums.items())
+        right &= origins == {source.url}  # the smaller vehicles go to the same folder
     else:
         try:
             source.inspect(path)
