@@ -185,7 +185,7 @@ class Head:
 
     def gradients(self, phi, residuals):
         """Return grad loss_i = phi_i (x) r_i as rows (m, p)."""
-        return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), -1)
+        return (phi[:, :, None] * residuals[:, None, :]).reshape(len(phi), self.d * self.c)
 
     @cached_property
     def flat(self):

@@ -74,8 +74,10 @@ class Matrix(Symmetric):
     """A symmetric matrix (p, p) that is there as an array."""
 
     def __init__(self, matrix):
-        super().__init__(len(matrix))
         self._matrix, self.compiled = np.asarray(matrix, np.float64), {}
+        if self._matrix.ndim != 2 or len(set(self._matrix.shape)) > 1:
+            raise ValueError(f"A matrix has shape (p, p), not {self._matrix.shape}.")
+        super().__init__(len(matrix))
 
     def product(self, rows=None):
         return partial(tf.matmul, tf.constant(self._matrix))
@@ -186,6 +188,14 @@ def as_operator(H):
     if isinstance(H, Symmetric):
         return H
     return Hessian(H) if isinstance(H, Objective) else Matrix(H)
+
+
+def operator_of_model(H):
+    """Return H as the operator of an Objective: a bare matrix knows neither losses nor data."""
+    H = as_operator(H)
+    if not H.objective:
+        raise TypeError("An Objective is needed, or its Hessian or GaussNewton; not a matrix.")
+    return H
 
 
 def _head_product(objective, rows=None):

@@ -21,7 +21,7 @@ from .gradients import (
     recorded_gradient,
     second_derivative,
 )
-from .hessian import as_operator
+from .hessian import operator_of_model
 from .objective import compiled
 from .solvers import Solution, factored, solve
 
@@ -36,7 +36,7 @@ def s_test(H, x_test, y_test, solver=None, *, damping="auto"):
     H : an Objective, for its Hessian, or a `Hessian` or `GaussNewton` of one.
     solver, damping : as `solve` takes them.
     """
-    H = as_operator(H)
+    H = operator_of_model(H)
     gradients = per_example_gradients(H.objective, x_test, y_test)
     _warn_of_zeros(np.linalg.norm(gradients, axis=1), gradients.dtype)
     found = solve(H, gradients.T, solver, damping=damping)
@@ -76,7 +76,7 @@ def predicted_loss_change(objective, s, *, out=None):
 
 def _blocks_of_changes(objective, s):
     """Yield slices of consecutive training points and `predicted_loss_change` of them, (m, b)."""
-    s, counted, stop = _columns(objective, s), objective.loss.counted, 0
+    counted, stop = objective.loss.counted, 0
     share = (objective.decay * objective.theta @ s)[:, None]
     for block in blocks_of_dots(objective, s):
         rows = slice(stop, stop := stop + block.shape[1])
@@ -86,9 +86,9 @@ def _blocks_of_changes(objective, s):
 
 
 def _columns(objective, s):
-    """Return s as columns (p, m)."""
+    """Return s as columns (p, m), to be called by what users call."""
     if isinstance(s, Solution):
-        s.warn_unless_solved(stacklevel=5)
+        s.warn_unless_solved(stacklevel=4)
         s, theta = s.x, s.theta
     else:
         s, theta = np.asarray(s), None
@@ -119,7 +119,7 @@ def most_influential(objective, s, k):
     """
     if not 1 <= k <= objective.n:
         raise ValueError(f"k must be from 1 to n = {objective.n}, got {k}.")
-    found = {1: [], -1: []}
+    s, found = _columns(objective, s), {1: [], -1: []}
     for rows, block in _blocks_of_changes(objective, s):
         ids = np.broadcast_to(np.arange(rows.start, rows.stop), block.shape)
         found = {sign: [_first([*best, (ids, block)], sign, k)] for sign, best in found.items()}
@@ -138,7 +138,7 @@ def influence_on_loss(objective, s):
 
     Koh & Liang 2017, equation 2, with the regulariser's share: -n `predicted_loss_change`.
     """
-    return -objective.n * predicted_loss_change(objective, s)
+    return -objective.n * predicted_loss_change(objective, _columns(objective, s))
 
 
 def self_influence(H, x, y, *, damping=0.0):
@@ -147,7 +147,7 @@ def self_influence(H, x, y, *, damping=0.0):
     The data gradient on both sides, no 1/n. For a binary logistic head this is sigma_i^2 x'H^-1 x;
     the code released with Koh & Liang 2017 had sigma_i instead of its square. H : as in `s_test`.
     """
-    H = as_operator(H)
+    H = operator_of_model(H)
     derivatives.warn_of_doubts(H.objective)
     rounded = H.precision == "float32"
     objective = (rounded and H.objective.in_float64()) or H.objective

@@ -152,7 +152,7 @@ class Removals:
         rows, tol = checks.rows(rows, self.head.n), checks.number("tol", tol)
         batch = batch or min(500, self.objective.data.affordable(64 * self.head.n * self.head.c))
         thetas = np.empty((len(self.theta), len(rows)))
-        ends = [self._judged(thetas[:, :0], tol)]  # where there are no rows
+        ends = []
         starts = range(0, len(rows), batch)
         for start in tqdm(starts, desc="leave-one-out refits", unit="batch", leave=False):
             part = slice(start, start + batch)
@@ -181,7 +181,8 @@ class Removals:
 
         ends : what `_judged` returned of each batch.
         """
-        norms, missed = (np.concatenate(part) for part in zip(*ends, strict=True))
+        nothing = np.zeros(0), np.zeros(0, bool)
+        norms, missed = (np.concatenate(part) for part in zip(nothing, *ends, strict=True))
         self.gradient_norms = norms
         if not self.at_minimum:
             warnings.warn(
@@ -207,13 +208,14 @@ class Removals:
 
         A group is numbers of training points, or a boolean mask (n,); a point counts once.
         """
-        left_out = [self._without(g) for g in groups]
+        left_out, tol = [self._without(g) for g in groups], checks.number("tol", tol)
         bar = tqdm(left_out, desc="leave-group-out refits", unit="group", leave=False)
-        refits = [newton(self.head, self.theta, tol, 100, **left)[0] for left in bar]
-        pairs = zip(refits, left_out, strict=True)
-        ends = [self.head.gradient(theta, **left)[:, None] for theta, left in pairs]
-        self._keep([self._judged(end, tol) for end in ends], tol)
-        return np.stack(refits, axis=1)
+        thetas, ends = np.empty((len(self.theta), len(left_out))), []
+        for k, left in enumerate(bar):
+            thetas[:, k] = newton(self.head, self.theta, tol, 100, **left)[0]
+            ends.append(self._judged(self.head.gradient(thetas[:, k], **left)[:, None], tol))
+        self._keep(ends, tol)
+        return thetas
 
     def _without(self, rows):
         rows, weight = checks.group(rows, self.head.n), self.head.weight.copy()

@@ -49,9 +49,9 @@ def solve(H, b, solver=None, *, damping="auto"):
         raise TypeError(f"A solver object is needed, such as CG(damping=0.01), not {solver!r}.")
     elif damping != "auto":
         solver = replace(solver, damping=damping)
+    b, single = columns_of(b)
     if len(b) != H.shape[0]:
         raise ValueError(f"b has {len(b)} rows, the operator {H.shape[0]} parameters.")
-    b, single = columns_of(b)
     seen = None
     if solver.damping == "auto":
         value, _, seen = choose_damping(H) if H.objective else (0.0, "", None)
@@ -549,6 +549,8 @@ class LowRank(Solver):
 
     def run(self, H, b):
         p, count = len(b), itertools.count()
+        if self.rank >= p:  # nothing is left out
+            return Eigh(self.damping).run(H, b)
         rest = self.damping + (H.objective.decay if H.objective else np.zeros(p))
         if rest.min() <= 0:
             raise ValueError(
@@ -558,8 +560,8 @@ class LowRank(Solver):
         counted = scipy.sparse.linalg.LinearOperator(
             H.shape, lambda v: (H @ v, next(count))[0], dtype=H.dtype
         )
-        start, rank = np.random.default_rng(0).normal(size=p), min(self.rank, p - 1)
-        values, q = scipy.sparse.linalg.eigsh(counted, rank, which="LA", v0=start)
+        start = np.random.default_rng(0).normal(size=p)
+        values, q = scipy.sparse.linalg.eigsh(counted, self.rank, which="LA", v0=start)
         inside = q.T @ b
         x = q @ (inside / (values + self.damping)[:, None]) + (b - q @ inside) / rest[:, None]
-        return x, {"steps": np.full(b.shape[1], next(count)), "method": f"low rank ({rank})"}
+        return x, {"steps": np.full(b.shape[1], next(count)), "method": f"low rank ({self.rank})"}

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from .hessian import as_operator
+from .hessian import as_operator, operator_of_model
 from .keras_facts import traced
 
 
@@ -97,7 +97,7 @@ def choose_damping(H, *, steps=40, seed=0):
     of the most negative eigenvalue; the margins are ours, since Lanczos sees lambda_min from above.
     It can miss a lone negative eigenvalue; conjugate gradients then report negative curvature.
     """
-    H = as_operator(H)
+    H = operator_of_model(H)
     head, decay = H.objective.head, H.objective.decay.min()
     convex = bool(head) and _is_convex(head, H.objective.theta)
     if convex and decay > 0:

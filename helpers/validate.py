@@ -20,7 +20,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from . import checks
-from .hessian import as_operator
+from .hessian import operator_of_model
 from .influence import predicted_loss_change, s_test
 from .objective import loss_and_gradient, summed_loss_and_gradient
 from .removals import Removals
@@ -55,9 +55,9 @@ def validate(H, x_test, y_test, removals=20, *, damping="auto", solver=None, see
 
     H, solver, damping : as `s_test` takes them, an Objective or the Hessian or Gauss-Newton matrix
     of one; a model that is held near is held by that damping. seed : of the removals at random.
-    Interrupted (Ctrl-C), it returns what was finished.
+    Interrupted (Ctrl-C) while a model is held near, it returns what was finished.
     """
-    H = as_operator(H)
+    H = operator_of_model(H)
     objective, solution = H.objective, s_test(H, x_test, y_test, solver, damping=damping)
     predicted = predicted_loss_change(objective, solution)
     removals = min(removals, objective.n - 1)

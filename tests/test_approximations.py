@@ -95,12 +95,14 @@ def test_low_rank_keeps_the_largest_eigenvalues_and_the_remainder(softmax):
     assert error < relative(smallest, exact)
     everything = solve(Hessian(objective), g, LowRank(rank=objective.p - 1))
     assert relative(everything.x, exact) <= 1e-6
+    more = solve(Hessian(objective), g, LowRank(rank=objective.p + 1))
+    assert relative(more.x, exact) <= 1e-10
 
 
 def test_low_rank_needs_to_know_what_it_leaves_out(network):
     objective = network[0]
     with pytest.raises(ValueError, match="Low rank needs weight decay"):
-        solve(Hessian(objective), np.ones(objective.p), LowRank(damping=0.0))
+        solve(Hessian(objective), np.ones(objective.p), LowRank(damping=0.0, rank=10))
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,16 @@ from helpers import (
     Hessian,
     Objective,
     Removals,
+    choose_damping,
     fit_head,
     influence_on_loss,
     influence_wrt_input,
+    most_influential,
     predicted_loss_change,
     s_test,
     self_influence,
     solve,
+    validate,
 )
 from helpers.gradients import per_example_gradients
 from support import models
@@ -202,6 +205,27 @@ def test_a_solution_is_of_the_theta_where_it_was_solved(binary):
     with objective.at(objective.theta + 0.1), pytest.raises(ValueError, match="has moved since"):
         predicted_loss_change(objective, s)
     assert predicted_loss_change(objective, s).shape == (len(binary.x_test), objective.n)
+
+
+@pytest.mark.parametrize("use", [predicted_loss_change, influence_on_loss, most_influential])
+def test_an_unsolved_system_is_warned_of_where_it_is_used(binary, use):
+    objective = binary.bind()
+    with pytest.warns(UserWarning, match="solution that is none"):
+        s = s_test(objective, binary.x_test, binary.y_test, CG(max_steps=1))
+    with pytest.warns(UserWarning, match="solution that is none") as told:
+        use(objective, s, *[3] * (use is most_influential))
+    assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_matrix_has_no_influences(binary):
+    matrix = Hessian(binary.objective).dense()
+    for use in (s_test, self_influence, validate):
+        with pytest.raises(TypeError, match="An Objective is needed"):
+            use(matrix, binary.x_test, binary.y_test)
+    with pytest.raises(TypeError, match="An Objective is needed"):
+        choose_damping(matrix)
+    with pytest.raises(ValueError, match="has shape"):
+        solve(matrix[:, :3], matrix[0])
 
 
 def test_cg_solves_with_the_gauss_newton_matrix_and_does_not_mix_it_up(network):

@@ -97,6 +97,23 @@ def test_newton_changes_of_some_rows_are_those_of_the_matrix(name, request):
         np.testing.assert_allclose(some, whole[:, rows], atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["binary", "softmax"])
+def test_no_removal_at_all_is_an_empty_answer(name, request):
+    problem = request.getfixturevalue(name)
+    removals, p = Removals(problem.objective), problem.objective.p
+    for nothing in (removals.newton_steps, removals.exact, removals.exact_groups):
+        assert nothing([]).shape == (p, 0)
+    change = removals.newton_loss_change(problem.x_test, problem.y_test, [])
+    assert change.shape == (len(problem.x_test), 0)
+
+
+def test_a_bad_tolerance_is_refused(binary):
+    removals = Removals(binary.objective)
+    for refits, which in ((removals.exact, [1]), (removals.exact_groups, [[1]])):
+        with pytest.raises((TypeError, ValueError), match="tol"):
+            refits(which, tol="a")
+
+
 def test_leverage_lies_between_zero_and_one(softmax):
     leverage = Removals(softmax.objective).leverage
     assert leverage.shape == (len(softmax.x),)

@@ -151,7 +151,10 @@ def test_bad_options_are_refused(binary):
         solve(binary.objective, b, "cg")
 
 
-@pytest.mark.parametrize(("b", "word"), [(np.ones(3), "parameters"), (np.full(12, np.nan), "NaN")])
+@pytest.mark.parametrize(
+    ("b", "word"),
+    [(np.ones(3), "parameters"), (np.full(12, np.nan), "NaN"), (1.0, r"not shape \(\)")],
+)
 def test_bad_right_hand_sides_are_refused(binary, b, word):
     with pytest.raises(ValueError, match=word):
         solve(Hessian(binary.objective), b)
