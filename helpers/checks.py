@@ -86,13 +86,13 @@ def inputs(model, x, like=None):
     """Refuse inputs of other names or shapes than the model's, or than those of `like`."""
     declared = keras_facts.declared_inputs(model)
     if isinstance(x, dict) and declared is not None:
-        known = declared if isinstance(declared, dict) else keras.tree.flatten(declared)
-        names = set(known) if isinstance(declared, dict) else {t.name for t in known}
-        if set(x) != names:
-            raise ValueError(f"The inputs are called {sorted(names)}; x has {sorted(x)}.")
+        if not isinstance(declared, dict):
+            declared = {t.name: t for t in keras.tree.flatten(declared)}
+        if set(x) != set(declared):
+            raise ValueError(f"The inputs are called {sorted(declared)}; x has {sorted(x)}.")
     flat = keras.tree.flatten(x)
     if declared is not None:
-        wanted = [(None, *t.shape[1:]) for t in _declared_like(x, declared)]
+        wanted = [(None, *t.shape[1:]) for t in keras.tree.flatten(declared)]
     elif like is not None:
         wanted = [(*[None] * (len(shape) - 1), *shape[-1:]) for shape in like if len(shape)]
     else:
@@ -107,13 +107,6 @@ def inputs(model, x, like=None):
                 f"An input has shape {got}, the model takes {want}: the first axis counts the "
                 "examples (one is x[:1]), the others must be the model's."
             )
-
-
-def _declared_like(x, declared):
-    """Return the declared inputs in the order in which those of x are flattened."""
-    flat = keras.tree.flatten(declared)
-    by_name = isinstance(x, dict) and not isinstance(declared, dict)
-    return sorted(flat, key=lambda t: t.name) if by_name else flat
 
 
 def stateless(model):
