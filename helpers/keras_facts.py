@@ -121,16 +121,8 @@ def resize_in_float64(model):
         kinds = (keras.layers.UpSampling2D, keras.layers.Resizing)
         rounds = isinstance(layer, kinds) and layer.compute_dtype == "float64"
         if rounds and not hasattr(layer.call, "exact"):
-            layer.call = _exactly(layer.call)
-
-
-def _exactly(call):
-    def exact(*args, **options):
-        with exact_derivatives():
-            return call(*args, **options)
-
-    exact.exact = True
-    return exact
+            layer.call = exact_derivatives()(layer.call)
+            layer.call.exact = True
 
 
 # ------------------------------------------------------------------ what hangs on a tensor
