@@ -503,19 +503,15 @@ def declared_inputs(model):
 def in_float64(model, x):
     """Return a copy of the model that computes in float64, or None where none can be made."""
 
-    def widened(config):
-        if isinstance(config, dict):
-            return {k: widened(v) for k, v in config.items()}
-        if isinstance(config, (list, tuple)):
-            return type(config)(widened(v) for v in config)
-        return "float64" if config == "float32" else config
+    def widened(value):
+        return "float64" if isinstance(value, str) and value == "float32" else value
 
     def copied(layer):
         if type(layer) is keras.layers.Lambda:  # it may be saved only where that is allowed
             known = {"output_shape": layer._output_shape, "arguments": layer.arguments}
             known["name"] = layer.name
             return keras.layers.Lambda(layer.function, dtype="float64", **known)
-        return type(layer).from_config(widened(layer.get_config()))
+        return type(layer).from_config(keras.tree.map_structure(widened, layer.get_config()))
 
     floatx, drawn = keras.config.floatx(), random.getstate()
     with suppress(Exception):  # any layer of the user's may refuse to be rebuilt
