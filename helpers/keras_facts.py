@@ -5,7 +5,7 @@ Each fact has a test in `tests/test_keras_facts.py` that fails when an upgrade c
 
 import random
 import re
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from threading import Lock
 from typing import NamedTuple
@@ -360,15 +360,11 @@ def tapped(layers, seen):
 
     def tap(layer, call):
         def reported(inputs, *more, **options):
-            activation = None
-            if type(layer) in (keras.layers.Dense, keras.layers.Conv2D):
-                activation, layer.activation = layer.activation, None
-            try:
+            plain = type(layer) in (keras.layers.Dense, keras.layers.Conv2D)
+            activation = plain and layer.activation
+            with patch.object(layer, "activation", None) if activation else nullcontext():
                 outputs = call(inputs, *more, **options)
-            finally:
-                if activation is not None:
-                    layer.activation = activation
-            after = outputs if activation is None else activation(outputs)
+            after = activation(outputs) if activation else outputs
             seen.setdefault(layer, []).append((inputs, outputs, after))
             return after
 
