@@ -6,6 +6,7 @@ or computed by differences.
 """
 
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import keras
@@ -175,46 +176,35 @@ def _of(function, variables, sizes, beside, rng):
     point = [t + beside * s * rng.normal(size=t.shape) for t, s in zip(home, sizes, strict=True)]
     v = [s * rng.normal(size=t.shape) for t, s in zip(home, sizes, strict=True)]
 
+    flat = np.concatenate([b.ravel() for b in v])
+
     def moved(h, function):
         try:
             for t, a, b in zip(variables, point, v, strict=True):
                 t.assign(a + h * b)
-            return function()
+            value, *vectors = function()
+            return float(value), *(vector.numpy() for vector in vectors)
         finally:
             for t, a in zip(variables, home, strict=True):
                 t.assign(a)
 
-    def slopes():
+    def gradient_of(value, tape):
+        parts = tape.gradient(value, variables, None, tf.UnconnectedGradients.ZERO)
+        parts = [tf.cast(tf.convert_to_tensor(part), tf.float64) for part in parts]
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+
+    def slope():
         with tf.GradientTape() as tape:
             value = function()
-        return value, tape.gradient(value, variables)
+        return value, gradient_of(value, tape)
 
-    def at(h):
-        value, gradient = moved(h, slopes)
-        return float(value), _flat(gradient, variables)
-
-    def bent():
+    def bend():
         with tf.GradientTape() as tape:
-            value, gradient = slopes()
-            some = [(g, b) for g, b in zip(gradient, v, strict=True) if g is not None]
-            some = [tf.cast(tf.convert_to_tensor(g), tf.float64) * b for g, b in some]
-            dot = tf.add_n([tf.zeros((), tf.float64), *map(tf.reduce_sum, some)])
-        return value, gradient, tape.gradient(dot, variables)
+            value, gradient = slope()
+            dot = tf.tensordot(gradient, flat, 1)
+        return value, gradient, gradient_of(dot, tape)
 
-    def product():
-        value, *vectors = moved(0.0, bent)
-        return float(value), *(_flat(parts, variables) for parts in vectors)
-
-    return at, product, _flat(v, variables)
-
-
-def _flat(parts, like):
-    """Return a list of arrays as one vector; None counts as zero."""
-    filled = [
-        np.zeros(t.shape) if a is None else np.asarray(tf.convert_to_tensor(a))
-        for a, t in zip(parts, like, strict=True)
-    ]
-    return np.concatenate([np.ravel(a) for a in filled]).astype(np.float64)
+    return partial(moved, function=slope), partial(moved, 0.0, bend), flat
 
 
 def _culprit(objective, x, y, rng):
