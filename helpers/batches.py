@@ -280,7 +280,8 @@ def _joined(batches):
 
 def _is_list_of_batches(x):
     return isinstance(x, list) and all(
-        isinstance(part, (tuple, list)) and len(part) > 1 and np.ndim(part[0]) for part in x
+        isinstance(part, (tuple, list)) and len(part) > 1 and hasattr(part[0], "__len__")
+        for part in x
     )
 
 
@@ -289,7 +290,8 @@ def _as_dataset(batches):
 
     def read():
         every = (batches[k] for k in range(len(batches)))
-        return ((arrays(x), one_array(y), *weight) for x, y, *weight in every)
+        parts = ((arrays(x), one_array(y), *weight) for x, y, *weight in every)
+        return map(keras.tree.lists_to_tuples, parts)  # tf.data would stack a list
 
     first = next(read(), None)
     if first is None:
@@ -368,7 +370,8 @@ def _is_on_disk(array):
 
 def _stream(x, y, weight, batch_size):
     """Return a data set that reads arrays on disk batch by batch."""
-    flat = [*keras.tree.flatten(x), np.asarray(y), np.asarray(weight)]
+    examples = keras.tree.lists_to_tuples((x, np.asarray(y), weight))  # tf.data would stack a list
+    flat = keras.tree.flatten(examples)
 
     def read(start):
         parts = tf.numpy_function(
@@ -378,6 +381,6 @@ def _stream(x, y, weight, batch_size):
         )
         for part, a in zip(parts, flat, strict=True):
             part.set_shape((None, *a.shape[1:]))
-        return keras.tree.pack_sequence_as(x, parts[:-2]), parts[-2], parts[-1]
+        return keras.tree.pack_sequence_as(examples, parts)
 
     return tf.data.Dataset.range(0, len(y), batch_size).map(read)
