@@ -378,7 +378,7 @@ def outermost_layers(model):
     found = []
     for layer in model._flatten_layers(include_self=False, recursive=False):
         found += outermost_layers(layer) if isinstance(layer, keras.Model) else [layer]
-    return list({id(la): la for la in found}.values())
+    return list(dict.fromkeys(found))
 
 
 class End(NamedTuple):
@@ -423,7 +423,6 @@ def end_of(model, x, variables):
                     features = features.op.inputs[0]  # what it was before the type of a keras.Input
                 direct = features is keras.tree.flatten(x)[0]
                 found[0] = End(dense, after is predictions, direct)
-        return predictions
 
     traced(call).get_concrete_function(x)
     return found[0]
@@ -447,38 +446,33 @@ def features_of(model, dense, x):
 
 def last_layer(model, x):
     """Return the layer with parameters that the predictions of x come from, walking back to it."""
-    layers, found = [la for la in outermost_layers(model) if la.trainable_variables], []
+    layers, found = [la for la in outermost_layers(model) if la.trainable_variables], set()
 
     def walk(x):
         seen = {}
         with tapped(layers, seen):
             predictions = model(x, training=False)
         made = {t.ref(): la for la, calls in seen.items() for _, o, _ in calls for t in _tensors(o)}
-        left, known = [t.ref() for t in _tensors(predictions)], set()
+        left, known = {t.ref() for t in _tensors(predictions)}, set()
         while left:
             tensor = left.pop()
-            if tensor in known:
-                continue
             known.add(tensor)
             if tensor in made:
-                found.append(made[tensor])
+                found.add(made[tensor])
             elif tensor.deref().dtype == tf.resource:
-                found.append(None)  # a variable that no layer in between owns
+                found.add(None)  # a variable that no layer in between owns
             else:
-                left += [t.ref() for t in tensor.deref().op.inputs]
-        return predictions
+                left |= {t.ref() for t in tensor.deref().op.inputs} - known
 
     traced(walk).get_concrete_function(x)
-    unique = list({id(la): la for la in found}.values())
-    own = [v for v in unique if v is None]
-    if len(unique) != 1 or own:
-        names = [la.name for la in unique if la is not None]
+    if len(found) != 1 or None in found:
+        names = sorted(la.name for la in found - {None})
         raise ValueError(
             f"The last layer is not clear: the predictions come from {names or 'no layer'}"
-            f"{' and from variables besides' if own else ''}. Name the layers, "
+            f"{' and from variables besides' if None in found else ''}. Name the layers, "
             "parameters=[...]."
         )
-    return unique[0]
+    return found.pop()
 
 
 def _tensors(structure):
