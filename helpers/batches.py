@@ -312,6 +312,8 @@ def _as_dataset(batches):
 
 def arrays(x):
     """Return x as arrays that can be sliced, nested as the model's inputs are."""
+    if isinstance(x, dict):
+        x = dict(x)  # a model that is called takes an OrderedDict by position, `fit` by its keys
     parts = keras.tree.flatten(x)
     if isinstance(x, (list, tuple)) and not any(len(getattr(a, "shape", ())) for a in parts):
         return _array(x)  # rows of numbers, not inputs
