@@ -254,8 +254,10 @@ def of_any_form(x, y):
         return _as_dataset(x), y
     if not isinstance(x, tf.data.Dataset):
         return arrays(x), one_array(y)
-    nested = isinstance(x.element_spec, tuple) and isinstance(x.element_spec[1], dict)
-    return x.map(lambda x, y, *weight: (x, one_array(y), *weight)) if nested else x, y
+    spec = x.element_spec
+    if not isinstance(spec, tuple) or not any(isinstance(part, dict) for part in spec[:2]):
+        return x, y
+    return x.map(lambda x, y, *weight: (_by_key(x), one_array(y), *weight)), y
 
 
 def spread(batch, k=8):
@@ -312,12 +314,15 @@ def _as_dataset(batches):
 
 def arrays(x):
     """Return x as arrays that can be sliced, nested as the model's inputs are."""
-    if isinstance(x, dict):
-        x = dict(x)  # a model that is called takes an OrderedDict by position, `fit` by its keys
-    parts = keras.tree.flatten(x)
+    parts = keras.tree.flatten(x := _by_key(x))
     if isinstance(x, (list, tuple)) and not any(len(getattr(a, "shape", ())) for a in parts):
         return _array(x)  # rows of numbers, not inputs
     return keras.tree.map_structure(_array, x)
+
+
+def _by_key(x):
+    """Return an OrderedDict as a dict: a model would take it by position, `fit` by its keys."""
+    return dict(x) if isinstance(x, dict) else x
 
 
 def one_array(y):

@@ -41,11 +41,10 @@ def rows(chosen, n):
         if len(chosen) != n:
             raise ValueError(f"The mask has {len(chosen)} entries, the training data {n} points.")
         return np.flatnonzero(chosen)
-    chosen = chosen.astype(int)
     wrong = chosen[(chosen < -n) | (chosen >= n)]
     if wrong.size:
         raise ValueError(f"There is no training point {wrong[0]}: they go from 0 to {n - 1}.")
-    return chosen % n
+    return chosen.astype(int) % n
 
 
 def group(chosen, n):

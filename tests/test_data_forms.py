@@ -1,5 +1,7 @@
 """Every form that data come in means what it means to Keras's `fit`, or is refused in words."""
 
+from collections import OrderedDict
+
 import keras
 import numpy as np
 import pandas as pd
@@ -77,6 +79,38 @@ def test_every_form_gives_what_arrays_give(model, form, tmp_path):
     np.testing.assert_allclose(given.gradient(), plain.gradient(), atol=1e-7)
     x = scipy.sparse.csr_matrix(X) if "SciPy" in form else X
     np.testing.assert_allclose(given.losses(x[:2], Y[:2]), plain.losses(X[:2], Y[:2]), rtol=1e-6)
+
+
+A, B = RNG.normal(size=(2, 12, 3))
+PAIRS = {  # forms of two inputs "a" and "b", which a model could mix up
+    "a dict": lambda _: ({"b": B, "a": A}, Y),
+    "an OrderedDict": lambda _: (OrderedDict(b=B, a=A), Y),
+    "a list": lambda _: ([A, B], Y),
+    "a list on disk": lambda path: ([on_disk(path, A), B], Y),
+    "a Dataset of dicts": lambda _: (halves({"b": B, "a": A}, Y),),
+    "a Dataset of OrderedDicts": lambda _: (halves(OrderedDict(b=B, a=A), Y),),
+    "batches of lists": lambda _: ([([A[:7], B[:7]], Y[:7]), ([A[7:], B[7:]], Y[7:])],),
+    "batches of tuples": lambda _: ([((A[:7], B[:7]), Y[:7]), ((A[7:], B[7:]), Y[7:])],),
+    "batches of OrderedDicts": lambda _: ([(OrderedDict(b=B, a=A), Y)],),
+}
+
+
+def halves(*data):
+    return tf.data.Dataset.from_tensor_slices(data).batch(6)
+
+
+@pytest.mark.parametrize(
+    ("form", "declared"),
+    [(form, list) for form in PAIRS] + [(form, dict) for form in PAIRS if "ict" in form],
+)
+def test_two_inputs_go_where_fit_puts_them(form, declared, tmp_path):
+    inputs = {"a": keras.Input((3,), name="a"), "b": keras.Input((3,), name="b")}
+    outputs = layers.Dense(3)(layers.Concatenate()([inputs["a"], 2 * inputs["b"]]))
+    model = keras.Model(inputs if declared is dict else list(inputs.values()), outputs)
+    model.compile(loss=SOFTMAX)
+    expected = model.evaluate({"a": A, "b": B}, Y, verbose=0)
+    objective = Objective(model, SOFTMAX, *PAIRS[form](tmp_path))
+    np.testing.assert_allclose(objective.training_loss(), expected, rtol=1e-5)
 
 
 def test_texts_go_into_the_model_as_they_are():
