@@ -9,7 +9,7 @@ exactly, for any loss and any frozen network below. Everything is float64, whate
 Shapes: n examples, d features (one more with a bias), C outputs, p = d C parameters, k columns.
 """
 
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce, wraps
 from operator import iadd
 
 import keras
@@ -258,6 +258,16 @@ class Head:
         return (self.weight if weight is None else weight) / (n or self.n)
 
 
+def _over_blocks(method):
+    """Return a method of a Head as the sum of what it returns for each block."""
+
+    @wraps(method)
+    def summed(self, *arguments):
+        return reduce(iadd, (method(block, *arguments) for block in self.blocks()))
+
+    return summed
+
+
 class StreamedHead(Head):
     """A head whose examples are read block by block: memory grows with p^2 and not with n.
 
@@ -296,25 +306,10 @@ class StreamedHead(Head):
             "where a parameter does not decay) by Cholesky, and influences."
         )
 
-    def _sum(self, method, *arguments):
-        return reduce(iadd, (method(block, *arguments) for block in self.blocks()))
-
-    def hessian(self, theta):
-        """Return H of the whole objective at theta, (p, p), in one pass over the examples."""
-        return self._sum(Head.hessian, theta)
+    hessian, gradient = _over_blocks(Head.hessian), _over_blocks(Head.gradient)
+    rounding, loss = _over_blocks(Head.rounding), _over_blocks(Head.loss)
+    _product = _over_blocks(lambda block, theta, v: Head.product(block, theta)(v))
 
     def product(self, theta):
         """Return v (p,) -> H v at theta: a pass over the examples each time."""
-        return lambda v: self._sum(lambda block: Head.product(block, theta)(v))
-
-    def gradient(self, theta):
-        """Return the gradient of the whole objective at theta, (p,)."""
-        return self._sum(Head.gradient, theta)
-
-    def rounding(self, theta):
-        """Return about what rounding leaves of each entry of `gradient` at a minimum, (p,)."""
-        return self._sum(Head.rounding, theta)
-
-    def loss(self, theta):
-        """Return the training loss at theta, the regulariser included."""
-        return self._sum(Head.loss, theta)
+        return partial(self._product, theta)
