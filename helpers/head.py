@@ -142,8 +142,7 @@ class Head:
 
     def losses_in_graph(self, y, outputs):
         """Return the loss at outputs (m, C) as a tensor (m,), to be differentiated."""
-        values = self.objective.loss.entries(y, self._activation(outputs), "float64")
-        return tf.reduce_mean(tf.reshape(values, (tf.shape(outputs)[0], -1)), axis=1)
+        return self.objective.loss.of_predictions(y, self._activation(outputs), "float64")
 
     def _slopes(self, y, outputs):
         """Return r (m, C); no graph of its own, which would be traced once more a derivative."""

@@ -83,18 +83,13 @@ class ExampleLoss:
         mask = keras_facts.mask_of(outputs)
         return self.of_predictions(y, keras_facts.with_mask(self.activation(outputs), mask))
 
-    def of_predictions(self, y, predictions):
-        """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged."""
-        values = self.entries(y, predictions, self.dtype)
-        if values.shape.rank > 1:
-            values = tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
-        return values
+    def of_predictions(self, y, predictions, dtype=None):
+        """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged.
 
-    def entries(self, y, predictions, dtype):
-        """Return the weighed loss of each entry (b, ...) in `dtype`, zero where Keras masks it.
-
-        A loss that computes in a type of its own whatever it is given, gets that and is cast.
+        In `dtype`, by default the model's, with zero where Keras masks an entry. A loss that
+        computes in a type of its own whatever it is given, gets that and is cast.
         """
+        dtype = dtype or self.dtype
         values = keras_facts.unreduced(self.object, y, predictions, self._dtypes[dtype])
         mask = keras_facts.mask_of(values)
         values *= self._weight
@@ -102,7 +97,8 @@ class ExampleLoss:
             entries = tf.cast(tf.size(values[:1]), values.dtype)
             share = entries / tf.cast(self._steps, values.dtype)
             values = tf.where(mask, values, 0) * share
-        return tf.cast(values, dtype)
+        values, extra = tf.cast(values, dtype), list(range(1, values.shape.rank))
+        return tf.reduce_mean(values, extra) if extra else values
 
     def hold_against_keras(self, x, y):
         """Refuse a loss of which Keras's own evaluation of a few examples differs.
