@@ -255,13 +255,6 @@ _some_columns = compiled(lambda o, vectors, first, last: _hvp(o, vectors, None, 
 
 
 def _gnvp(objective, vectors, rows=None):
-    def slope(y, weight, outputs, mask):
-        with tf.GradientTape() as tape:
-            tape.watch(outputs)
-            losses = objective.loss.of_outputs(y, keras_facts.with_mask(outputs, mask))
-            loss = tf.tensordot(weight, losses, 1)
-        return tape.gradient(loss, outputs)
-
     def by_column(x, y, weight):
         with tf.GradientTape(persistent=True) as tape:
             outputs = objective.loss.outputs(x)
@@ -270,8 +263,9 @@ def _gnvp(objective, vectors, rows=None):
         def differences(vector):
             moved = along(objective, vector, lambda: objective.loss.outputs(x))  # J v
             h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
-            ends = [slope(y, weight, outputs + s * h * moved, mask) for s in (1, -1)]
-            bent = (ends[0] - ends[1]) / (2 * h)
+            ends = (keras_facts.with_mask(outputs + s * h * moved, mask) for s in (1, -1))
+            up, down = (objective.loss.slopes(y, end, weight) for end in ends)
+            bent = (up - down) / (2 * h)
             return objective.flatten(tape.gradient(outputs, tensors, bent))
 
         if by_differences(objective):
@@ -282,7 +276,7 @@ def _gnvp(objective, vectors, rows=None):
             back = recorded_gradient(tape, outputs, tensors, dummy)
         with tf.GradientTape(persistent=True) as outer:
             outer.watch(outputs)
-            steep = slope(y, weight, outputs, mask)
+            steep = objective.loss.slopes(y, outputs, weight)
 
         def one_vector(vector):
             parts = objective.unflatten(vector)
@@ -328,11 +322,8 @@ def output_factors(objective, x, y):
     flat = tf.reshape(outputs, (shape[0], -1))
     with tf.GradientTape(persistent=True) as outer:
         outer.watch(flat)
-        with tf.GradientTape() as inner:
-            inner.watch(flat)
-            again = keras_facts.with_mask(tf.reshape(flat, shape), mask)
-            losses = objective.loss.of_outputs(y, again)
-        slope = inner.gradient(losses, flat)
+        again = keras_facts.with_mask(tf.reshape(flat, shape), mask)
+        slope = tf.reshape(objective.loss.slopes(y, again), tf.shape(flat))
     a = outer.batch_jacobian(slope, flat, tf.UnconnectedGradients.ZERO, experimental_use_pfor=False)
     values, vectors = tf.linalg.eigh(a)
     rounding = 10 * np.finfo(objective.dtype).eps * tf.reduce_max(tf.abs(values), 1, True)

@@ -83,6 +83,13 @@ class ExampleLoss:
         mask = keras_facts.mask_of(outputs)
         return self.of_predictions(y, keras_facts.with_mask(self.activation(outputs), mask))
 
+    def slopes(self, y, outputs, weight=None):
+        """Return the gradient of the (weighted) sum of `of_outputs` in them, shaped like them."""
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            losses = self.of_outputs(y, outputs)
+        return tape.gradient(losses, outputs, weight)
+
     def of_predictions(self, y, predictions, dtype=None):
         """Return the loss of each prediction, (b,): extra axes (pixels, time) are averaged.
 
@@ -167,10 +174,7 @@ class ExampleLoss:
             v = tf.constant(rng.normal(size=shape), logits.dtype)
             with tf.GradientTape() as outer:
                 outer.watch(at)
-                with tf.GradientTape() as inner:
-                    inner.watch(at)
-                    loss = tf.reduce_sum(self.of_outputs(y, at))
-                slope = inner.gradient(loss, at)
+                slope = self.slopes(y, at)
             bent = None if slope is None else outer.gradient(slope, at, output_gradients=v)
             if bent is None:
                 return False
