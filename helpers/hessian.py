@@ -115,7 +115,43 @@ class Hessian(Symmetric):
         """
         if self.objective.head:
             return _head_product(self.objective, rows)
-        return partial(_hvp, self.objective, rows=rows)
+        return partial(self._by_batches, rows=rows)
+
+    def _by_batches(self, vectors, *part, rows=None):
+        """Return H V from products with the Hessian of each batch, or of these rows alone.
+
+        part : first, last, for V in those variables alone: its rows from the first of them on.
+        """
+        objective, columns = self.objective, tf.transpose(vectors)
+
+        def one_batch(*batch):
+            return map_rows(objective, self._of_batch(*batch, *part), columns)
+
+        if rows is None:
+            total = objective.data.accumulate(one_batch, tf.zeros_like(columns)) / objective.n
+        else:
+            total = one_batch(*objective.data.gather(rows))
+            total /= tf.cast(tf.shape(rows)[0], vectors.dtype)
+        decay = tf.constant(objective.decay[:, None], objective.dtype)
+        return tf.transpose(total) + decay * vectors
+
+    def _of_batch(self, x, y, weight, first=0, last=None):
+        """Return v -> the sum of w_i H_i v over a batch."""
+        objective, tensors = self.objective, self.objective.tensors
+        if by_differences(objective):
+            slope = partial(loss_and_gradient.graph, objective, x, y, weight)
+            return lambda vector: along(objective, vector, slope)[1:]
+        with tf.GradientTape(persistent=True) as outer:
+            with tf.GradientTape() as inner:
+                loss = tf.tensordot(weight, objective.loss(x, y), 1)
+            gradient = recorded_gradient(inner, loss, tensors[first:last])
+
+        def one_vector(vector):
+            parts = objective.unflatten(vector)[first:last]
+            bent = second_derivative(outer, gradient, parts, tensors[first:])
+            return objective.flatten([None] * first + bent)
+
+        return one_vector
 
     def dense(self):
         """Return H as a matrix (p, p) float64: a closed form for a last Dense layer.
@@ -130,11 +166,12 @@ class Hessian(Symmetric):
         ends = np.cumsum([0, *objective.sizes])
         kernels = [k for k, v in enumerate(objective.variables) if k == 0 or len(v.shape) > 1]
         h = np.zeros((objective.p, objective.p))
+        some_columns = self.compiled.setdefault("columns", keras_facts.traced(self._by_batches))
         with tqdm(total=objective.p, desc="Hessian", unit="column", leave=False) as bar:
             for first, last in pairwise([*kernels, len(objective.sizes)]):
                 own = range(ends[first], ends[last])
                 for columns, identity in _identity(objective, own):
-                    h[:, columns] = _some_columns(objective, identity, first, last).numpy()
+                    h[:, columns] = some_columns(identity, first, last).numpy()
                 bar.update(len(own))
         return np.tril(h) + np.tril(h, -1).T
 
@@ -147,10 +184,37 @@ class GaussNewton(Hessian):
     linear model.
     """
 
-    def product(self, rows=None):
-        if self.objective.head:
-            return super().product(rows)
-        return partial(_gnvp, self.objective, rows=rows)
+    def _of_batch(self, x, y, weight):
+        objective, tensors = self.objective, self.objective.tensors
+        with tf.GradientTape(persistent=True) as tape:
+            outputs = objective.loss.outputs(x)
+        mask = keras_facts.mask_of(outputs)
+
+        def differences(vector):
+            moved = along(objective, vector, lambda: objective.loss.outputs(x))  # J v
+            h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
+            ends = (keras_facts.with_mask(outputs + s * h * moved, mask) for s in (1, -1))
+            up, down = (objective.loss.slopes(y, end, weight) for end in ends)
+            bent = (up - down) / (2 * h)
+            return objective.flatten(tape.gradient(outputs, tensors, bent))
+
+        if by_differences(objective):
+            return differences
+        dummy = tf.ones_like(outputs)
+        with tf.GradientTape(persistent=True) as linear:
+            linear.watch(dummy)
+            back = recorded_gradient(tape, outputs, tensors, dummy)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(outputs)
+            steep = objective.loss.slopes(y, outputs, weight)
+
+        def one_vector(vector):
+            parts = objective.unflatten(vector)
+            (moved,) = second_derivative(linear, back, parts, [dummy])  # J v, of u -> (J' u) . v
+            bent = outer.gradient(steep, outputs, moved, tf.UnconnectedGradients.ZERO)  # A J v
+            return objective.flatten(tape.gradient(outputs, tensors, bent))
+
+        return one_vector
 
     def dense(self):
         """Return G as a matrix (p, p) float64.
@@ -226,82 +290,6 @@ def _head_product(objective, rows=None):
         return tf.reshape(back, tf.shape(vectors)) + head.decay[:, None] * vectors
 
     return product
-
-
-def _hvp(objective, vectors, rows=None, first=0, last=None):
-    """Return H V; for V in the variables `first` to `last` alone, its rows from `first` on."""
-
-    def by_column(x, y, weight):
-        if by_differences(objective):
-            slope = partial(loss_and_gradient.graph, objective, x, y, weight)
-            return lambda vector: along(objective, vector, slope)[1:]
-        tensors = objective.tensors
-        with tf.GradientTape(persistent=True) as outer:
-            with tf.GradientTape() as inner:
-                loss = tf.tensordot(weight, objective.loss(x, y), 1)
-            gradient = recorded_gradient(inner, loss, tensors[first:last])
-
-        def one_vector(vector):
-            parts = objective.unflatten(vector)[first:last]
-            bent = second_derivative(outer, gradient, parts, tensors[first:])
-            return objective.flatten([None] * first + bent)
-
-        return one_vector
-
-    return _regularised(objective, vectors, by_column, rows)
-
-
-_some_columns = compiled(lambda o, vectors, first, last: _hvp(o, vectors, None, first, last))
-
-
-def _gnvp(objective, vectors, rows=None):
-    def by_column(x, y, weight):
-        with tf.GradientTape(persistent=True) as tape:
-            outputs = objective.loss.outputs(x)
-        mask, tensors = keras_facts.mask_of(outputs), objective.tensors
-
-        def differences(vector):
-            moved = along(objective, vector, lambda: objective.loss.outputs(x))  # J v
-            h = 1e-5 * tf.maximum(tf.norm(outputs), 1) / tf.maximum(tf.norm(moved), 1e-300)
-            ends = (keras_facts.with_mask(outputs + s * h * moved, mask) for s in (1, -1))
-            up, down = (objective.loss.slopes(y, end, weight) for end in ends)
-            bent = (up - down) / (2 * h)
-            return objective.flatten(tape.gradient(outputs, tensors, bent))
-
-        if by_differences(objective):
-            return differences
-        dummy = tf.ones_like(outputs)
-        with tf.GradientTape(persistent=True) as linear:
-            linear.watch(dummy)
-            back = recorded_gradient(tape, outputs, tensors, dummy)
-        with tf.GradientTape(persistent=True) as outer:
-            outer.watch(outputs)
-            steep = objective.loss.slopes(y, outputs, weight)
-
-        def one_vector(vector):
-            parts = objective.unflatten(vector)
-            (moved,) = second_derivative(linear, back, parts, [dummy])  # J v, of u -> (J' u) . v
-            bent = outer.gradient(steep, outputs, moved, tf.UnconnectedGradients.ZERO)  # A J v
-            return objective.flatten(tape.gradient(outputs, tensors, bent))
-
-        return one_vector
-
-    return _regularised(objective, vectors, by_column, rows)
-
-
-def _regularised(objective, vectors, by_column, rows):
-    """Return the batch sums of by_column(x, y, weight)(v) over n, plus decay v, for all columns."""
-    columns, data = tf.transpose(vectors), objective.data
-
-    def one_batch(*batch):
-        return map_rows(objective, by_column(*batch), columns)
-
-    if rows is None:
-        total = data.accumulate(one_batch, tf.zeros_like(columns)) / data.n
-    else:
-        total = one_batch(*data.gather(rows)) / tf.cast(tf.shape(rows)[0], vectors.dtype)
-    decay = tf.constant(objective.decay[:, None], objective.dtype)
-    return tf.transpose(total) + decay * vectors
 
 
 def curvature_factors(objective, x, y):
