@@ -15,7 +15,6 @@ import tensorflow as tf
 
 from . import keras_facts
 from .batches import spread
-from .linalg import gemm
 from .objective import compiled
 
 LAYERS = "layer by layer"  # the note on an objective: False, True, or "checked"
@@ -263,16 +262,9 @@ def blocks_of_dots(objective, vectors):
 
 def _head_dots(head, theta, vectors):
     r = head.residuals(head.y, head.outputs(head.phi, theta)) * head.weight[:, None]
-    width = max(1, head.objective.data.affordable(8 * r.size))
-    chunks = range(0, vectors.shape[1], width)
-    return np.concatenate([_dots(head.phi, r, vectors[:, j : j + width]) for j in chunks])
-
-
-def _dots(phi, residuals, vectors):
-    moved = gemm(phi, vectors.reshape(phi.shape[1], -1)).reshape(*residuals.shape, -1)
-    if residuals.shape[1] == 1:
-        return moved[:, 0].T * residuals[:, 0]
-    return np.einsum("nc,nck->kn", residuals, moved)
+    width = head.objective.data.affordable(8 * r.size)
+    chunks = (vectors[:, j : j + width] for j in range(0, vectors.shape[1], width))
+    return np.concatenate([np.einsum("nc,nck->kn", r, head.outputs(head.phi, v)) for v in chunks])
 
 
 @compiled
