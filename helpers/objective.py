@@ -223,12 +223,12 @@ class Objective:
     @contextmanager
     def at(self, theta):
         """Have the parameters at theta (p,) inside a `with`, and back where they were after it."""
-        before = [np.array(v) for v in self.variables]
+        before = self.theta
         self.theta = theta
         try:
             yield self
         finally:
-            self.move(before)
+            self.theta = before
 
     def move(self, parts):
         """Give the selected parameters the values of a list of arrays shaped like them."""
