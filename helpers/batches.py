@@ -282,7 +282,9 @@ def _joined(batches):
 
 def _is_list_of_batches(x):
     return isinstance(x, list) and all(
-        isinstance(part, (tuple, list)) and len(part) > 1 and hasattr(part[0], "__len__")
+        isinstance(part, (tuple, list))
+        and len(part) > 1
+        and (isinstance(part[0], (tuple, list, dict)) or np.ndim(part[0]))
         for part in x
     )
 

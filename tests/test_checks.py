@@ -66,7 +66,7 @@ def test_rows_are_read_as_numpy_reads_an_index():
     assert np.linalg.norm(keep.head.gradient(refits[:, 0])) <= 1e-9
     np.testing.assert_array_equal(removals.exact(mask), removals.exact([1, 4, 20]))
     np.testing.assert_array_equal(objective.subset(mask).data.gather(range(3))[1], Y[mask])
-    for wrong in ([24], [-25], mask[:5], [0.5]):
+    for wrong in ([24], [-25], np.array([2**64 - 1], np.uint64), mask[:5], [0.5]):
         with pytest.raises(ValueError, match=r"point|mask"):
             removals.newton_steps(wrong)
     with pytest.raises(ValueError, match="leaves none"):

@@ -323,6 +323,7 @@ def test_a_damaged_verdict_file_ends_no_run(text):
         assert set(claims.written(where)["notebook"]) == {"06_a"}
     with pytest.warns(UserWarning, match="Claims on other data sets are lost"):
         claims.forget(path, "digits")
+    assert claims.written(where, [path.with_name("05_a.ipynb")]).empty
     path.write_text(text, encoding="utf-8")
     with pytest.warns(UserWarning, match="Claims on other data sets are lost"):
         claims.write("05_a", "demo", {}, four(), dataset="digits")

@@ -159,6 +159,7 @@ def broken(row):
             "first is number 7",
         ),
         (lambda _: ([],), "no example"),
+        (lambda _: ([("good", 1), ("bad", 0)],), "first axis"),
         (lambda _: (tf.data.Dataset.from_tensor_slices((X[:0], Y[:0])).batch(5),), "no example"),
     ],
 )

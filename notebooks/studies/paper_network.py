@@ -30,7 +30,7 @@ from support import datasets, models, stored
 
 STAGES = {1e-4: 110_000, 1e-5: 110_000, 1e-6: 280_000}  # learning rate: steps at it
 LOOKS = (1_000, 3_000, 10_000, 30_000)  # steps of a retraining; the paper's are 30,000
-CONTROL = -1  # among the removed digits: no digit is
+CONTROL = -1  # in the place of a removed digit: none is
 TOGETHER = 5  # copies trained together; more do not fit the cache
 
 
@@ -104,7 +104,7 @@ class Protocol:
 
         state : (3, p), where the training ended. A digit left out has weight zero in its batch,
         which is averaged over the others; all copies see the same batches, so the noise of the
-        batches is the same in each. removed : digits (k,), among them CONTROL.
+        batches is the same in each. removed : digits (k,); CONTROL leaves none out.
         """
         n, ends = len(self.digits.x_train), []
         for first in tqdm(range(0, len(removed), TOGETHER), "retraining", leave=False):
