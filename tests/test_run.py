@@ -157,7 +157,8 @@ def test_what_others_read_runs_first_and_the_summary_last(project):
     [
         (["16", "99"], "there is no notebook 99; there are 00 02 03 04 16"),
         (["1"], "there is no notebook 1;"),
-        (["--profile", "real"], r"params/real.yaml needs a line for 02_a .*; it says nothing"),
+        ([], "params/demo.yaml names no notebook: 3_a"),
+        (["--profile", "real", "02"], r"real.yaml needs a line for 02_a .*; it says nothing"),
         (["--profile", "real", "00"], r"a line for 00_a .*; it says thesis"),
         (["--profile", "real", "03"], "unknown parameter 'm'"),
         (["--profile", "thesis"], r"params/thesis.yaml needs a line for 00_a"),
@@ -169,8 +170,7 @@ def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments,
     lines += "04_a: [{profile: real}, {profile: demo}]\n"
     (project / "params" / "real.yaml").write_text(lines, encoding="utf-8")
     (project / "params" / "thesis.yaml").write_text("", encoding="utf-8")
-    if arguments == ["--profile", "real"]:
-        (project / "notebooks" / "00_a.ipynb").unlink()
+    (project / "params" / "demo.yaml").write_text("3_a: {n: 4}", encoding="utf-8")
     assert run.main(arguments) == run.NOT_RUN
     assert re.search(words, capsys.readouterr().err)
     assert not list(project.glob("runs/*/*"))

@@ -173,7 +173,9 @@ def jobs_of(profile, chosen):
     """
     file = ROOT / "params" / f"{profile}.yaml"
     given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    jobs = []
+    jobs, unknown = [], given.keys() - {path.stem for path in choose([])}
+    if unknown:
+        raise ValueError(f"{file.relative_to(ROOT)} names no notebook: {', '.join(unknown)}")
     for path in chosen:
         declared = declared_parameters(nbformat.read(path, 4))
         entry = given.get(path.stem, {})
