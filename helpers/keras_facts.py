@@ -112,19 +112,6 @@ def _enter(change):
             each.stop() if before else each.start()
 
 
-def resize_in_float64(model):
-    """Let a float64 model's own layers that resize pictures do so in float64, from now on.
-
-    TensorFlow resizes in float32 and rounds a float64 model's predictions to seven digits there.
-    """
-    for layer in all_layers(model):
-        kinds = (keras.layers.UpSampling2D, keras.layers.Resizing)
-        rounds = isinstance(layer, kinds) and layer.compute_dtype == "float64"
-        if rounds and not hasattr(layer.call, "exact"):
-            layer.call = exact_derivatives()(layer.call)
-            layer.call.exact = True
-
-
 # ------------------------------------------------------------------ what hangs on a tensor
 
 

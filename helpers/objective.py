@@ -113,7 +113,6 @@ class Objective:
                 raise ValueError("The training data hold no example.")
             labels = y[:3]
             first = keras.tree.map_structure(lambda a: tf.convert_to_tensor(a[:3]), x)
-        keras_facts.resize_in_float64(model)
         checks.inputs(model, first)
         checks.stateless(model)
         self._input_shapes = [tuple(a.shape) for a in keras.tree.flatten(first)]

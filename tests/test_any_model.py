@@ -12,7 +12,16 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import CG, GaussNewton, Hessian, Objective, gradients, predicted_loss_change, s_test
+from helpers import (
+    CG,
+    GaussNewton,
+    Hessian,
+    Objective,
+    gradients,
+    keras_facts,
+    predicted_loss_change,
+    s_test,
+)
 from helpers.gradients import gradient_dots, per_example_gradients
 
 RNG = np.random.default_rng(0)
@@ -421,12 +430,12 @@ def test_the_page_of_what_was_tried_is_this_table():
 
 
 class Evaluation:
-    """Keras's own evaluation of a compiled model in one batch."""
+    """Keras's own evaluation of a compiled model in one batch, pictures resized in float64."""
 
     def __init__(self, model, x, y):
         self.model, self.x = model, x
         self.y = keras.ops.convert_to_tensor(y)
 
     def __call__(self):
-        predictions = self.model(self.x, training=False)
+        predictions = keras_facts.predict(self.model, self.x)
         return float(self.model.compute_loss(self.x, self.y, predictions, training=False))
