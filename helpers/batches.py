@@ -260,6 +260,18 @@ def of_any_form(x, y):
     return x.map(lambda x, y, *weight: (_by_key(x), one_array(y), *weight)), y
 
 
+def gathered(x, y):
+    """Return examples in any form as arrays x, y; weights that come with them are left out."""
+    x, y = of_any_form(x, y)
+    if isinstance(x, tf.data.Dataset):
+        checks.once(x)
+        parts = [batch[:2] for batch in x]
+        if not parts:
+            raise ValueError("There is no test example.")
+        x, y = keras.tree.map_structure(lambda *several: np.concatenate(several), *parts)
+    return keras.tree.map_structure(np.asarray, x), np.asarray(y)
+
+
 def spread(batch, k=8):
     """Return at most k examples of a batch (x, y, ...), from the first to the last, as arrays."""
 

@@ -4,6 +4,7 @@ Errors say what came and what to do. What Keras does with the same arguments is 
 """
 
 import zlib
+from itertools import zip_longest
 
 import keras
 import numpy as np
@@ -161,6 +162,22 @@ def lengths(x, y):
     wrong = {a.shape[0] for a in keras.tree.flatten(x)} - {len(y)}
     if wrong:
         raise ValueError(f"They differ in length: x has {wrong.pop()} examples, y {len(y)} labels.")
+
+
+def like_training(y, trained, predictions):
+    """Return labels with the axes of the training labels, shape `trained`, or refuse them.
+
+    A last axis of one may be there or not. A loss that compared other shapes would broadcast them.
+    predictions : as `labels` takes them; where they may have any length, so may the labels.
+    """
+    shape, lengths = y.shape, zip_longest(trained[1:], predictions[1 : len(trained)], fillvalue=0)
+    if y.ndim == len(trained) + 1 and y.shape[-1] == 1:
+        y = y[..., 0]
+    elif y.ndim == len(trained) - 1 and trained[-1] == 1:
+        y = y[..., None]
+    if not _same(y.shape, [None, *(a if b is not None else None for a, b in lengths)]):
+        raise ValueError(f"y has shape {shape}, the training labels {('n', *trained[1:])}.")
+    return y
 
 
 def labels(loss, y, predictions):

@@ -167,12 +167,12 @@ def _rows_by_layers(objective, x, directions):
     layers, rows = _layers(objective), {}
     inputs, _, back = opened(objective, x, layers)
     for layer, a, g in zip(layers, inputs, back(directions), strict=True):
-        rows |= _rows_of_layer(layer, a, g)
+        rows |= _rows_of_layer(layer, a, g, {id(v) for v in objective.variables})
     parts = [tf.cast(rows[id(v)], objective.dtype) for v in objective.variables]
     return tf.concat([tf.reshape(part, (tf.shape(directions)[0], -1)) for part in parts], 1)
 
 
-def _rows_of_layer(layer, a, g):
+def _rows_of_layer(layer, a, g, selected):
     """Return {id(variable): rows (b, ...)} from a layer's inputs a and directions g in outputs."""
     if type(layer) in (keras.layers.Dense, keras.layers.Conv2D):
         a, g = patches(layer, a), tf.reshape(g, (tf.shape(g)[0], -1, g.shape[-1]))
@@ -180,7 +180,7 @@ def _rows_of_layer(layer, a, g):
             id(layer.kernel): tf.matmul(a, g, transpose_a=True),
             id(layer.bias): tf.reduce_sum(g, 1),
         }
-    variables = layer.trainable_variables
+    variables = [v for v in layer.weights if id(v) in selected]  # frozen ones too
 
     def one_example(example):
         a, g = keras.tree.map_structure(lambda t: t[None], example)

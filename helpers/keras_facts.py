@@ -307,10 +307,12 @@ def leaves(model):
 
 
 def constants(model):
-    """Return the sums of what Normalization layers hold as plain tensors, which graphs keep."""
-    held = (la for la in all_layers(model) if isinstance(la, keras.layers.Normalization))
-    pairs = ((getattr(la, "mean", None), getattr(la, "variance", None)) for la in held)
-    return [float(np.sum(a)) for pair in pairs for a in pair if a is not None]
+    """Return the sums of what layers that are adapted hold as plain numbers, which graphs keep."""
+    kinds = keras.layers.Normalization, keras.layers.Discretization
+    held = (la for la in all_layers(model) if isinstance(la, kinds))
+    names = "mean", "variance", "bin_boundaries"
+    numbers = (getattr(la, name, None) for la in held for name in names)
+    return [float(np.sum(a)) for a in numbers if a is not None]
 
 
 def is_known(layer):
@@ -389,7 +391,8 @@ def end_of(model, x, variables):
     own = [id(v) for v in variables]
     for dense in outermost_layers(model):
         plain = type(dense) is keras.layers.Dense and dense.built and not dense.quantization_mode
-        mine = (dense._kernel, dense.bias) if plain and not dense.lora_enabled else ()
+        plain = plain and not dense.lora_enabled and not getattr(dense.activation, "weights", ())
+        mine = (dense._kernel, dense.bias) if plain else ()
         if [id(v) for v in mine if v is not None] == own:
             break
     else:
@@ -490,11 +493,19 @@ def in_float64(model, x):
             return keras.layers.Lambda(layer.function, dtype="float64", **known)
         return type(layer).from_config(keras.tree.map_structure(widened, layer.get_config()))
 
-    floatx, drawn = keras.config.floatx(), random.getstate()
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    drawn = random.getstate()
     with suppress(Exception):  # any layer of the user's may refuse to be rebuilt
         keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
         try:
-            copy = keras.models.clone_model(model, clone_function=copied)
+            if isinstance(model, (keras.Sequential, Functional)):
+                copy = keras.models.clone_model(model, clone_function=copied)
+            else:  # subclassed: by a `get_config` of its own, or with no argument
+                try:
+                    copy = copied(model)
+                except (TypeError, NotImplementedError):
+                    copy = type(model)()
             if not copy.built:
                 copy(x, training=False)
             copy.set_weights(model.get_weights())
@@ -503,6 +514,7 @@ def in_float64(model, x):
             theirs = np.asarray(_tensors(model(x, training=False))[0])
         finally:
             keras.config.set_floatx(floatx)
+            keras.config.set_dtype_policy(policy)
             random.setstate(drawn)  # Keras seeds initialisers from it
         own = {v.value.ref() for v in model.weights}
         tied = any(v.ref() in own for v in tape.watched_variables())  # held by a Lambda

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from . import checks, derivatives, keras_facts
 from . import parameters as theta_of
-from .batches import Batches, arrays, of_any_form, one_array
+from .batches import Batches, gathered, of_any_form
 from .head import Head
 from .loss import ExampleLoss
 
@@ -133,7 +133,9 @@ class Objective:
             memory_budget=memory_budget,
             strategy=strategy,
         )
-        twice = keras.tree.map_structure(lambda a: tf.concat([a, a], 0), self.data.few(3)[:2])
+        few = self.data.few(3)[:2]
+        self._label_shape = few[1].shape
+        twice = keras.tree.map_structure(lambda a: tf.concat([a, a], 0), few)
         self.loss.hold_against_keras(*twice)  # a loss that couples examples minds equal ones
         self.loss.count_steps(self.data)
         self._constants = keras_facts.constants(model)
@@ -191,12 +193,13 @@ class Objective:
     def examples(self, x, y):
         """Return (x, y) of examples to ask about as arrays, held against the training data."""
         self._check_constants()
-        x, y = keras.tree.map_structure(np.asarray, arrays(x)), np.asarray(one_array(y))
+        x, y = gathered(x, y)
         checks.lengths(x, y)
         if not len(y):
             raise ValueError("There is no test example.")
         checks.inputs(self.model, x, self._input_shapes)
         self._check_labels(y)
+        y = checks.like_training(y, self._label_shape, self.loss.predicted)
         for values in (*keras.tree.flatten(x), y):
             checks.finite(values, "examples")
         return x, y
@@ -271,8 +274,8 @@ class Objective:
     def _check_constants(self):
         if keras_facts.constants(self.model) != self._constants:
             raise ValueError(
-                "A Normalization was adapted or loaded anew since this objective was bound, and "
-                "compiled graphs keep the old one: bind a new Objective."
+                "A Normalization or Discretization was adapted or loaded anew since this objective "
+                "was bound, and compiled graphs keep the old one: bind a new Objective."
             )
 
     @cached_property

@@ -12,6 +12,7 @@ response of Bae et al. 2022, with the loss itself in the place of its Bregman di
 """
 
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,16 @@ def _advice(r, slope, convex, solved):
 
 def _held_near(objective, rows, x_test, y_test, damping):
     """Return the actual changes (m, k) of test losses; of the removals finished, where cut off."""
-    objective = objective.in_float64() or objective
+    if objective.dtype != "float64":
+        objective = objective.in_float64()
+        if objective is None:
+            raise ValueError(
+                "One removal moves the parameters by less than float32 can tell, and no float64 "
+                "copy of this model can be made (of a subclassed one it takes get_config): build "
+                "it in float64, keras.config.set_dtype_policy('float64')."
+            )
     theta, slope, n = objective.theta, objective.gradient(), objective.n
-    before, changes = objective.losses(x_test, y_test), []
+    before, changes, astray = objective.losses(x_test, y_test), [], 0
 
     def target(t, x, y, weight):
         objective.theta, away = t, t - theta
@@ -115,11 +123,22 @@ def _held_near(objective, rows, x_test, y_test, damping):
         for row in tqdm(checks.rows(rows, n), "removals", unit="removal", leave=False):
             point, counted = objective.data.gather([row]), objective.loss.counted
             share = 1.0 if counted is None else counted[row]
+            value, steep = target(theta, *point)
             found = scipy.optimize.minimize(target, theta, point, options=options, **how)
+            # of a quadratic bowl the fall is half of this
+            fall = np.abs(steep @ (found.x - theta)) + 1e-12 * np.abs(value)
+            still = np.abs(found.jac).max() <= max(1e-9, 0.01 * np.abs(steep).max())
+            astray += not (still and value - found.fun <= 2 * fall)
             objective.theta = found.x
             changes.append(objective.losses(x_test, y_test) - before)
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {len(changes)} of {len(rows)} removals")
     finally:
         objective.theta = theta
+    if astray:
+        warnings.warn(
+            f"After {astray} of {len(changes)} removals the model does not stay near: the loss "
+            "with this damping has no minimum at theta. Raise the damping.",
+            stacklevel=3,
+        )
     return np.array(changes).T.reshape(len(before), -1)

@@ -79,6 +79,9 @@ def test_every_form_gives_what_arrays_give(model, form, tmp_path):
     np.testing.assert_allclose(given.gradient(), plain.gradient(), atol=1e-7)
     x = scipy.sparse.csr_matrix(X) if "SciPy" in form else X
     np.testing.assert_allclose(given.losses(x[:2], Y[:2]), plain.losses(X[:2], Y[:2]), rtol=1e-6)
+    asked = FORMS[form](tmp_path)[:2]
+    asked = asked if len(asked) > 1 else (*asked, None)
+    np.testing.assert_allclose(plain.losses(*asked), plain.losses(X, Y), rtol=1e-6)
 
 
 A, B = RNG.normal(size=(2, 12, 3))

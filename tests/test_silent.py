@@ -720,6 +720,88 @@ def test_a_normalisation_adapted_anew_is_not_overlooked():
             way()
 
 
+def test_a_discretization_adapted_anew_is_not_overlooked():
+    bins = layers.Discretization(num_bins=4, output_mode="one_hot")
+    bins.adapt(X[:, :1])
+    model = network(bins, layers.Dense(3), shape=(1,))
+    objective = Objective(model, SPARSE, X[:, :1], Y, weight_decay=0.1)
+    bins.adapt(3 * X[:, :1] + 1)
+    with pytest.raises(ValueError, match="bind a new Objective"):
+        objective.losses(X[:, :1], Y)
+
+
+class Squares(losses.Loss):
+    def call(self, y, outputs):
+        return ops.mean((y - outputs) ** 2, axis=-1)
+
+
+def test_labels_to_ask_about_have_the_axes_of_the_training_labels():
+    """Keras squeezes for losses of its own; in a class, (m,) and (m, 1) make (m, m)."""
+    objective = Objective(mlp(1), Squares(), X, T, weight_decay=0.1)
+    expected = np.mean((T - np.asarray(objective.model(X))) ** 2, axis=1)
+    np.testing.assert_allclose(objective.losses(X, T), expected)
+    np.testing.assert_allclose(objective.losses(X, T[:, 0]), expected)
+    for wrong in (np.tile(T, 2), T[..., None, None]):
+        with pytest.raises(ValueError, match=r"y has shape .*, the training labels \('n', 1\)"):
+            objective.losses(X, wrong)
+    steps = keras.Sequential([keras.Input((None, 2)), layers.SimpleRNN(3, return_sequences=True)])
+    x, y = RNG.normal(size=(N, 4, 2)), RNG.normal(size=(N, 4, 3))
+    objective = Objective(steps, Squares(), x, y, weight_decay=0.1)
+    shorter = Objective(steps, Squares(), x[:, :3], y[:, :3], weight_decay=0.1)
+    some = x[:, :3], y[:, :3]
+    np.testing.assert_allclose(objective.losses(*some), shorter.losses(*some))
+
+
+def test_layers_that_are_frozen_later_have_rows():
+    norm = layers.LayerNormalization()
+    model = network(layers.Dense(3, "tanh"), norm, layers.Dense(3))
+    objective = Objective(model, SPARSE, X, Y, weight_decay=0.1)
+    expected = gradients_by_keras(model, SPARSE, X, Y)
+    norm.trainable = False
+    np.testing.assert_allclose(per_example_gradients(objective, X, Y), expected, atol=1e-12)
+    alone = Objective(model, SPARSE, X, Y, weight_decay=0.1, parameters=[norm.gamma])
+    assert per_example_gradients(alone, X, Y).shape == (N, 3)
+
+
+@pytest.mark.parametrize("mode", ["multi_hot", "count", "tf_idf"])
+def test_bags_of_words(mode):
+    texts, y = ["a b a", "b c", "c c d", "a d"] * 4, np.arange(16) % 2
+    words = layers.TextVectorization(output_mode=mode)
+    words.adapt(texts)
+    model = network(words, layers.Dense(1), shape=(1,), dtype="string")
+    model.compile(loss=BINARY)
+    expected = model.evaluate(tf.constant(texts), y, verbose=0)
+    for labels in (y, y[:, None]):
+        objective = Objective(model, None, texts, labels)
+        np.testing.assert_allclose(objective.training_loss(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "loss", "y"),
+    [
+        ("softmax", layers.Softmax(), losses.SparseCategoricalCrossentropy(), Y),
+        ("softplus", layers.Activation("softplus"), losses.MeanSquaredError(), T**2),
+    ],
+)
+def test_a_head_whose_activation_is_a_layer(name, layer, loss, y):
+    """In float32 that layer rounds what it is given, the closed forms do not."""
+    changes = []
+    for activation in (name, layer):
+        units = 3 if name == "softmax" else 1
+        model = network(layers.Dense(units, activation, dtype="float32"))
+        objective = Objective(model, loss, X.astype("float32"), y, weight_decay=0.01)
+        assert fit_head(objective).converged
+        changes.append(predicted_loss_change(objective, s_test(objective, X[:3], y[:3])))
+    np.testing.assert_allclose(*changes, rtol=1e-6)
+
+
+def test_a_head_whose_activation_has_parameters_has_no_closed_form():
+    model = network(layers.Dense(2, activation=layers.PReLU()))
+    kernel, bias = model.layers[0].kernel, model.layers[0].bias
+    objective = Objective(model, "mse", X, X[:, :2], weight_decay=0.1, parameters=[kernel, bias])
+    assert objective.head is None
+
+
 def test_a_loss_whose_second_derivative_is_no_number_is_refused():
     model = network(layers.Conv1D(3, 2, padding="same"), shape=(6, 2))
     x, y = RNG.normal(size=(N, 6, 2)), RNG.integers(1, 3, (N, 2))

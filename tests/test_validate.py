@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from helpers import CG, GaussNewton, Objective, Removals, predicted_loss_change, s_test, validate
 
@@ -49,3 +50,66 @@ def test_a_network_is_held_near_wherever_it_stands():
     found, s = validate(G, x[:2], y[:2], 2, damping=0.5), s_test(G, x[:2], y[:2], damping=0.5)
     predicted = predicted_loss_change(objective, s)[:, found.rows]
     np.testing.assert_allclose(found.predicted, predicted)
+
+
+class Sized(keras.Model):
+    """A subclassed network, which Keras can not make again: its argument is not kept."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.hidden, self.end = keras.layers.Dense(units, "tanh"), keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.end(self.hidden(x))
+
+
+class Plain(Sized):
+    """One without arguments."""
+
+    def __init__(self):
+        super().__init__(4)
+
+
+@pytest.fixture
+def in_float32():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_removals_are_made_in_float64():
+    """A step of size 1/n drowns in float32: a subclassed model's slope was 0.2 for 1."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3000, 4)).astype("float32")
+    y, loss = x[:, :3].argmax(1), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    keras.utils.set_random_seed(0)
+    model = Plain()
+    model(x[:1])
+    usual = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(3)]
+    )
+    usual.set_weights(model.get_weights())
+    bound = [Objective(m, loss, x, y, weight_decay=1e-3) for m in (model, usual)]
+    one, two = (validate(o, x[:3], y[:3], 4, damping=0.5) for o in bound)
+    np.testing.assert_allclose(one.actual, two.actual, rtol=1e-4, atol=1e-9)
+    assert one.slope == pytest.approx(1, abs=0.05)
+    assert keras.config.dtype_policy().name == "float32"
+    sized = Sized(4)
+    sized(x[:1])
+    objective = Objective(sized, loss, x, y, weight_decay=1e-3)
+    with pytest.raises(ValueError, match="build it in float64"):
+        validate(objective, x[:3], y[:3], 4, damping=0.5)
+
+
+def test_a_model_that_does_not_stay_near_is_said():
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)), rng.integers(0, 3, 40)
+    model = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(3)])
+    model.build((None, 3))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    objective = Objective(model, loss, x, y, weight_decay=1e-4)
+    with pytest.warns(UserWarning, match="of 2 removals the model does not stay near"):
+        validate(GaussNewton(objective), x[:2], y[:2], 2, damping=1e-4)
