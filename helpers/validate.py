@@ -56,7 +56,9 @@ def validate(H, x_test, y_test, removals=20, *, damping="auto", solver=None, see
 
     H, solver, damping : as `s_test` takes them, an Objective or the Hessian or Gauss-Newton matrix
     of one; a model that is held near is held by that damping. seed : of the removals at random.
-    Interrupted (Ctrl-C) while a model is held near, it returns what was finished.
+    Interrupted (Ctrl-C) while a model is held near, it returns what was finished. A float32 model
+    is held near in a float64 copy, ValueError where none can be made; a UserWarning says where it
+    does not stay near.
     """
     H = operator_of_model(H)
     objective, solution = H.objective, s_test(H, x_test, y_test, solver, damping=damping)
