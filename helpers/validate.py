@@ -129,7 +129,7 @@ def _held_near(objective, rows, x_test, y_test, damping):
             found = scipy.optimize.minimize(target, theta, point, options=options, **how)
             # of a quadratic bowl the fall is half of this
             fall = np.abs(steep @ (found.x - theta)) + 1e-12 * np.abs(value)
-            still = np.abs(found.jac).max() <= max(1e-9, 0.01 * np.abs(steep).max())
+            still = np.abs(found.jac).max() <= max(1e-9, 0.1 * np.abs(steep).max())
             astray += not (still and value - found.fun <= 2 * fall)
             objective.theta = found.x
             changes.append(objective.losses(x_test, y_test) - before)
