@@ -264,11 +264,20 @@ def gathered(x, y):
     """Return examples in any form as arrays x, y; weights that come with them are left out."""
     x, y = of_any_form(x, y)
     if isinstance(x, tf.data.Dataset):
+        if y is not None or not isinstance(x.element_spec, tuple) or len(x.element_spec) < 2:
+            raise ValueError(
+                "A Dataset of examples holds batches (x, y): pass None for its labels."
+            )
         checks.once(x)
         parts = [batch[:2] for batch in x]
+        for part in parts:
+            checks.lengths(*part)
         if not parts:
             raise ValueError("There is no test example.")
-        x, y = keras.tree.map_structure(lambda *several: np.concatenate(several), *parts)
+        try:
+            x, y = keras.tree.map_structure(lambda *several: np.concatenate(several), *parts)
+        except ValueError:
+            raise ValueError("The batches differ in shape: pad them, or ask one by one.") from None
     return keras.tree.map_structure(np.asarray, x), np.asarray(y)
 
 

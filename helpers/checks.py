@@ -167,15 +167,18 @@ def lengths(x, y):
 def like_training(y, trained, predictions):
     """Return labels with the axes of the training labels, shape `trained`, or refuse them.
 
-    A last axis of one may be there or not. A loss that compared other shapes would broadcast them.
-    predictions : as `labels` takes them; where they may have any length, so may the labels.
+    A last axis of one may be there or not. A loss of the user's own would broadcast others: an axis
+    of one is no longer one, but where predictions (as `labels` takes them) may have any length.
     """
     shape, lengths = y.shape, zip_longest(trained[1:], predictions[1 : len(trained)], fillvalue=0)
     if y.ndim == len(trained) + 1 and y.shape[-1] == 1:
         y = y[..., 0]
     elif y.ndim == len(trained) - 1 and trained[-1] == 1:
         y = y[..., None]
-    if not _same(y.shape, [None, *(a if b is not None else None for a, b in lengths)]):
+    triples = zip(y.shape[1:], lengths, strict=False)
+    if y.ndim != len(trained) or any(
+        (a == 1) != (b == 1) and c is not None for a, (b, c) in triples
+    ):
         raise ValueError(f"y has shape {shape}, the training labels {('n', *trained[1:])}.")
     return y
 

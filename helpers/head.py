@@ -28,7 +28,7 @@ class Head:
         self.objective, self._end, self._dense = objective, end, end.dense
         self.n, self.decay = objective.n, objective.decay
         own, last = end.dense.activation, objective.loss.last_activation
-        own = getattr(own, "call", own)  # a layer that is called would cast to its own dtype
+        own = keras_facts.as_function(own)
         self._activation = own if end.own else last or keras.activations.linear
         self.c = end.dense.units
         self._hold()

@@ -3,6 +3,7 @@
 Each fact has a test in `tests/test_keras_facts.py` that fails when an upgrade changes it.
 """
 
+import inspect
 import random
 import re
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -288,6 +289,9 @@ def _objects_in(loss):
 
 # ------------------------------------------------------------------ layers
 
+ADAPTED = tuple(
+    getattr(keras.layers, name) for name in ("TextVectorization", "StringLookup", "IntegerLookup")
+)
 VECTORISABLE = {
     *("Dense", "Conv1D", "Conv2D", "Embedding", "InputLayer", "Flatten", "Reshape", "Rescaling"),
     *("Activation", "ReLU", "Dropout", "BatchNormalization", "LayerNormalization"),
@@ -380,6 +384,13 @@ class End(NamedTuple):
     dense: keras.layers.Dense
     own: bool
     direct: bool
+
+
+def as_function(activation):
+    """Return an activation as a function: a layer that is called would cast to its own dtype."""
+    call = getattr(activation, "call", activation)
+    trains = call is not activation and "training" in inspect.signature(call).parameters
+    return partial(call, training=False) if trains else call
 
 
 def end_of(model, x, variables):
@@ -491,6 +502,8 @@ def in_float64(model, x):
             known = {"output_shape": layer._output_shape, "arguments": layer.arguments}
             known["name"] = layer.name
             return keras.layers.Lambda(layer.function, dtype="float64", **known)
+        if isinstance(layer, ADAPTED):  # without a weight, and no config holds what it learnt
+            return layer
         return type(layer).from_config(keras.tree.map_structure(widened, layer.get_config()))
 
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
@@ -509,6 +522,9 @@ def in_float64(model, x):
             if not copy.built:
                 copy(x, training=False)
             copy.set_weights(model.get_weights())
+            for layer in all_layers(copy):
+                if isinstance(layer, keras.layers.Normalization):
+                    layer.finalize_state()
             with tf.GradientTape() as tape:
                 mine = np.asarray(_tensors(copy(x, training=False))[0])
             theirs = np.asarray(_tensors(model(x, training=False))[0])
@@ -519,6 +535,7 @@ def in_float64(model, x):
         own = {v.value.ref() for v in model.weights}
         tied = any(v.ref() in own for v in tape.watched_variables())  # held by a Lambda
         alike = np.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max(initial=0))
-        if alike and not tied and {v.dtype for v in copy.trainable_variables} == {"float64"}:
+        kinds = {v.dtype for v in copy.weights if "float" in v.dtype}
+        if alike and not tied and kinds == {"float64"}:
             return copy
     return None

@@ -38,9 +38,9 @@ class ExampleLoss:
                 "and put factors into sample_weight or weight_decay."
             )
         declared, shape = (getattr(model, "outputs", None) or [None])[0], predictions.shape
-        known = getattr(declared, "shape", [None] * len(shape))
-        known = known if len(known) == len(shape) else shape  # bags of words are declared (b, 1, d)
-        self.predicted = (None, *known[1:-1], shape[-1]) if known[1:-1] else shape
+        known = getattr(declared, "shape", [*[None] * (len(shape) - 1), shape[-1]])
+        # bags of words are declared (b, 1, d)
+        self.predicted = tuple(known) if len(known) == len(shape) > 1 else shape
         self.width = int(np.prod(shape[1:]))  # outputs an example
 
     @property

@@ -170,7 +170,7 @@ class Objective:
 
     def in_float64(self):
         """Return this objective on a float64 copy of its model; None where none can be made."""
-        model = keras_facts.in_float64(self.model, self.data.first(2)[0])
+        model = keras_facts.in_float64(self.model, self.data.few()[0])
         if model is None:
             return None
         part, place = self._copy(), {id(v): k for k, v in enumerate(self.model.weights)}

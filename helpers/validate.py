@@ -110,8 +110,8 @@ def _held_near(objective, rows, x_test, y_test, damping):
     theta, slope, n = objective.theta, objective.gradient(), objective.n
     before, changes, astray = objective.losses(x_test, y_test), [], 0
 
-    def target(t, x, y, weight):
-        objective.theta, away = t, t - theta
+    def target(away, x, y, weight):
+        objective.theta = t = theta + away
         whole = summed_loss_and_gradient(objective).numpy().astype(np.float64) / n
         own = loss_and_gradient(objective, x, y, weight).numpy().astype(np.float64) / n
         value, gradient = whole[0] - own[0], whole[1:] - own[1:]
@@ -119,19 +119,24 @@ def _held_near(objective, rows, x_test, y_test, damping):
         value += kept @ t / 2 - slope @ away + damping / 2 * away @ away
         return value, gradient + kept - slope + damping * away
 
-    how = {"method": "L-BFGS-B", "jac": True}
-    options = {"maxiter": 200, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-9}
+    def scaled(u):  # so that tolerances are relative: value and slope are of size one
+        value, gradient = target(length * u, *point)
+        return (value - start) / (size * length), gradient / size
+
+    options = {"maxiter": 200, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-7}
+    how = {"method": "L-BFGS-B", "jac": True, "options": options}
     try:
         for row in tqdm(checks.rows(rows, n), "removals", unit="removal", leave=False):
             point, counted = objective.data.gather([row]), objective.loss.counted
             share = 1.0 if counted is None else counted[row]
-            value, steep = target(theta, *point)
-            found = scipy.optimize.minimize(target, theta, point, options=options, **how)
-            # of a quadratic bowl the fall is half of this
-            fall = np.abs(steep @ (found.x - theta)) + 1e-12 * np.abs(value)
-            still = np.abs(found.jac).max() <= max(1e-9, 0.1 * np.abs(steep).max())
-            astray += not (still and value - found.fun <= 2 * fall)
-            objective.theta = found.x
+            start, steep = target(0 * theta, *point)
+            size = np.linalg.norm(steep) or 1.0
+            length = size / (damping or 1.0)
+            found = scipy.optimize.minimize(scaled, 0 * theta, **how)
+            along = abs(steep @ found.x) / size  # twice the fall, in a quadratic bowl
+            wrong = np.linalg.norm(found.jac) > 0.1 or -found.fun > 2 * along
+            astray += wrong and along * size * length > 1e-12 * abs(start)  # not by rounding alone
+            objective.theta = theta + length * found.x
             changes.append(objective.losses(x_test, y_test) - before)
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {len(changes)} of {len(rows)} removals")

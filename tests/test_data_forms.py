@@ -84,6 +84,20 @@ def test_every_form_gives_what_arrays_give(model, form, tmp_path):
     np.testing.assert_allclose(plain.losses(*asked), plain.losses(X, Y), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        (tf.data.Dataset.from_tensor_slices((X, Y)).batch(5), Y, "pass None for its labels"),
+        (tf.data.Dataset.from_tensor_slices(X).batch(5), None, "holds batches"),
+        (tf.data.Dataset.from_tensor_slices((X, Y)), None, "first axis that counts the examples"),
+        ([(X[:5], Y[:5]), (X[5:, :2], Y[5:])], None, "differ in shape"),
+    ],
+)
+def test_batches_to_ask_about_are_refused_in_words(model, x, y, words):
+    with pytest.raises(ValueError, match=words):
+        bound(model, X, Y).losses(x, y)
+
+
 A, B = RNG.normal(size=(2, 12, 3))
 PAIRS = {  # forms of two inputs "a" and "b", which a model could mix up
     "a dict": lambda _: ({"b": B, "a": A}, Y),

@@ -751,6 +751,67 @@ def test_labels_to_ask_about_have_the_axes_of_the_training_labels():
     some = x[:, :3], y[:, :3]
     np.testing.assert_allclose(objective.losses(*some), shorter.losses(*some))
 
+    short = y[:, :, 0], y[:, :2, 0]
+    per_step = keras.Sequential([steps, layers.Lambda(lambda t: ops.mean(t, -1))])
+    objective = Objective(per_step, Squares(), x, short[0], weight_decay=0.1)
+    assert objective.losses(x[:, :2], short[1]).shape == (N,)
+
+
+def adapted(kind, data, **options):
+    layer = kind(**options)
+    layer.adapt(data)
+    return layer
+
+
+WORDS = np.array(["a b", "b c", "c c d", "a d"] * 5)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("parts", "x"),
+    [
+        (lambda: [adapted(layers.Normalization, X)], X),
+        (lambda: [adapted(layers.TextVectorization, WORDS, output_mode="tf_idf")], WORDS),
+        (lambda: [adapted(layers.StringLookup, WORDS), layers.Embedding(9, 2)], WORDS),
+    ],
+)
+def test_layers_that_were_adapted_have_a_float64_copy(parts, x):
+    kind = "string" if x is WORDS else None
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32")
+    try:
+        model = network(*parts(), layers.Dense(3), shape=x.shape[1:], dtype=kind)
+    finally:
+        keras.config.set_dtype_policy(before)
+    copy = keras_facts.in_float64(model, tf.constant(x))
+    assert {v.dtype for v in copy.weights if "float" in v.dtype} == {"float64"}
+    np.testing.assert_allclose(copy(tf.constant(x)), model(tf.constant(x)), rtol=1e-5, atol=1e-6)
+
+
+class Limited(keras.Model):
+    """A model with an attribute that its class does not set: a copy would lack it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.limit = layers.Dense(3, dtype="float32"), 100.0
+
+    def call(self, x):
+        return ops.clip(self.inner(x), -self.limit, self.limit)
+
+
+def test_a_copy_that_is_another_model_is_none():
+    model = Limited()
+    model.limit, x = 1.0, np.concatenate([0.01 * X[:2], 9 * X]).astype("float32")
+    objective = Objective(model, SPARSE, x, np.append(Y, [0, 1]), weight_decay=0.1)
+    assert objective.in_float64() is None
+
+
+def test_ctc_labels_to_ask_about_may_be_padded_otherwise():
+    model = network(layers.Conv1D(4, 2, padding="same"), shape=(6, 2))
+    x, y = RNG.normal(size=(N, 6, 2)), RNG.integers(1, 4, (N, 3))
+    objective = Objective(model, losses.CTC(), x, y, weight_decay=0.1)
+    longer = np.pad(y, ((0, 0), (0, 2)))
+    np.testing.assert_allclose(objective.losses(x, longer), objective.losses(x, y), rtol=1e-5)
+
 
 def test_layers_that_are_frozen_later_have_rows():
     norm = layers.LayerNormalization()

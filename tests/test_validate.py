@@ -1,5 +1,7 @@
 """The check that ends every user's work: predictions against real removals."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -101,6 +103,19 @@ def test_removals_are_made_in_float64():
     objective = Objective(sized, loss, x, y, weight_decay=1e-3)
     with pytest.raises(ValueError, match="build it in float64"):
         validate(objective, x[:3], y[:3], 4, damping=0.5)
+
+
+def test_removals_from_a_model_that_fits_closely():
+    """The response to tiny gradients was lost in absolute tolerances: a slope of 0 for 1."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(1000, 3))
+    hidden = keras.layers.Dense(4, "tanh", dtype="float64")
+    model = keras.Sequential([keras.Input((3,)), hidden, keras.layers.Dense(1, dtype="float64")])
+    y = np.asarray(model(x)) + 1e-7 * np.random.default_rng(1).normal(size=(1000, 1))
+    with warnings.catch_warnings(action="error"):
+        found = validate(Objective(model, "mse", x, y), x[:3], y[:3], 6, damping=0.1)
+    assert found.r > 0.99
+    assert found.slope == pytest.approx(1, abs=0.03)
 
 
 def test_a_model_that_does_not_stay_near_is_said():
