@@ -289,9 +289,7 @@ def _objects_in(loss):
 
 # ------------------------------------------------------------------ layers
 
-ADAPTED = tuple(
-    getattr(keras.layers, name) for name in ("TextVectorization", "StringLookup", "IntegerLookup")
-)
+ADAPTED = keras.layers.TextVectorization, keras.layers.StringLookup, keras.layers.IntegerLookup
 VECTORISABLE = {
     *("Dense", "Conv1D", "Conv2D", "Embedding", "InputLayer", "Flatten", "Reshape", "Rescaling"),
     *("Activation", "ReLU", "Dropout", "BatchNormalization", "LayerNormalization"),

@@ -37,10 +37,14 @@ class ExampleLoss:
                 "the weight decay by the batch they are in. Use reduction='sum_over_batch_size', "
                 "and put factors into sample_weight or weight_decay."
             )
-        declared, shape = (getattr(model, "outputs", None) or [None])[0], predictions.shape
-        known = getattr(declared, "shape", [*[None] * (len(shape) - 1), shape[-1]])
-        # bags of words are declared (b, 1, d)
-        self.predicted = tuple(known) if len(known) == len(shape) > 1 else shape
+        shape, inputs = predictions.shape, getattr(model, "inputs", None)
+        known = *[None] * (len(shape) - 1), shape[-1]  # a subclassed model declares nothing
+        if inputs:
+            free = any(None in t.shape[1:] for t in inputs)
+            known = tuple(model.outputs[0].shape) if free else shape
+        if keras_facts.function_of(self.object) in keras_facts.SPARSE:
+            known = *known[:-1], shape[-1]
+        self.predicted = known if len(known) == len(shape) > 1 else shape
         self.width = int(np.prod(shape[1:]))  # outputs an example
 
     @property
