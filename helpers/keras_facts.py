@@ -346,6 +346,21 @@ def bytes_an_example(model, x, dtype):
     return 8 * tf.as_dtype(dtype).size * (inputs + layers)
 
 
+def work_an_example(model):
+    """Return about how many multiply-adds a model takes for one example, inf where it is not known.
+
+    Of each layer its weights, times the positions (pixels, steps) that it makes.
+    """
+    total = 0
+    for layer in leaves(model):
+        try:
+            positions = np.prod([s or 1 for s in layer.output.shape[1:-1]])
+        except AttributeError:  # a layer of a subclassed model knows no output shape
+            return np.inf
+        total += positions * layer.count_params()
+    return total
+
+
 def tapped(layers, seen):
     """Let layers report (input, output before and after the activation) while a model is called."""
 

@@ -19,7 +19,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 import tensorflow as tf
 
-from . import checks, derivatives
+from . import checks, derivatives, keras_facts
 from .fit import factor_of
 from .gradients import by_differences, has_rows
 from .hessian import GaussNewton, as_operator
@@ -286,7 +286,7 @@ class CG(Solver):
 
     precondition : "gauss_newton" (a Cholesky factor of dense G), "nystroem" (a sketch of G, for
         large p), None, a Preconditioner, or a function R (p, k) -> M^-1 R on float64 tensors with M
-        symmetric positive definite; "auto" takes Gauss-Newton where it is cheap.
+        symmetric positive definite; "auto" takes Gauss-Newton where it is cheap beside a product.
     """
 
     max_steps: int = 1000
@@ -329,6 +329,9 @@ class CG(Solver):
         if which == "auto":
             o = H.objective
             cheap = o and not o.head and o.loss.width <= o.p <= DENSE_LIMIT and has_rows(o)
+            # a network that is not convolutional takes its products sooner than that matrix
+            work = o.loss.width * o.p**2 if cheap else np.inf
+            cheap = cheap and work <= 3000 * keras_facts.work_an_example(o.model)
             which = "gauss_newton" if cheap else None
         if which == "gauss_newton":
             which = gauss_newton_preconditioner(H.objective, self.damping)

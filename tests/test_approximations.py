@@ -144,6 +144,27 @@ def test_one_traced_loop_serves_every_preconditioner_of_a_kind(stiff):
     assert loop.experimental_get_tracing_count() == 1
 
 
+def test_a_dense_network_takes_products_sooner_than_the_gauss_newton_matrix():
+    """Of 1,210 parameters of a perceptron the matrix costs what a hundred products do."""
+    keras.utils.set_random_seed(0)
+    rng, layers = np.random.default_rng(0), keras.layers
+    x, y = rng.normal(size=(30, 8, 8, 1)), rng.integers(0, 10, 30)
+    body = {
+        "perceptron": [layers.Flatten(), layers.Dense(16, "tanh"), layers.Dense(10)],
+        "convolutions": [
+            *(layers.Conv2D(8, 3, activation="tanh") for _ in range(3)),
+            *(layers.Conv2D(10, 1), layers.GlobalAveragePooling2D()),
+        ],
+    }
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for name, parts in body.items():
+        model = keras.Sequential([keras.Input((8, 8, 1)), *parts])
+        objective = Objective(model, loss, x, y, weight_decay=0.1)
+        solve(Hessian(objective), np.ones(objective.p), CG(1.0))
+        taken = ("CG", _cholesky_solve) in Hessian(objective).compiled
+        assert taken == (name == "convolutions")
+
+
 def test_the_spectrum_is_bracketed_from_inside_and_exact_at_full_length(stiff):
     objective, _ = stiff
     values = np.linalg.eigvalsh(Hessian(objective).dense())
