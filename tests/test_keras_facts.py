@@ -173,6 +173,24 @@ def test_a_copy_in_float64_is_the_same_model():
     assert keras_facts.in_float64(Ending(keras.ops.tanh), x) is None  # knows no configuration
 
 
+def test_the_work_of_a_model_counts_the_positions_of_its_layers():
+    parts = layers.Conv2D(8, 3), layers.GlobalAveragePooling2D(), layers.Dense(10)
+    model = keras.Sequential([keras.Input((8, 8, 1)), *parts])
+    assert keras_facts.work_an_example(model) == 36 * (9 * 8 + 8) + 8 * 10 + 10
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.end = layers.Dense(3)
+
+        def call(self, x):
+            return self.end(x)
+
+    own = Own()
+    own(np.zeros((2, 4)))
+    assert keras_facts.work_an_example(own) == np.inf
+
+
 def test_what_multiplies_inputs_is_a_kernel():
     model = keras.Sequential(
         [
