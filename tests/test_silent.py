@@ -721,9 +721,10 @@ def test_a_normalisation_adapted_anew_is_not_overlooked():
 
 
 def test_a_discretization_adapted_anew_is_not_overlooked():
-    bins = layers.Discretization(num_bins=4, output_mode="one_hot")
+    bins = layers.Discretization(num_bins=4)
     bins.adapt(X[:, :1])
-    model = network(bins, layers.Dense(3), shape=(1,))
+    body = layers.Embedding(4, 2), layers.Flatten(), layers.Dense(3)
+    model = network(bins, *body, shape=(1,))
     objective = Objective(model, SPARSE, X[:, :1], Y, weight_decay=0.1)
     bins.adapt(3 * X[:, :1] + 1)
     with pytest.raises(ValueError, match="bind a new Objective"):
