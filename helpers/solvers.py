@@ -304,10 +304,12 @@ class CG(Solver):
             scale = np.linalg.norm(rhs, axis=0)
             scale[scale == 0] = 1
             left = tf.constant(self.max_steps - int(steps.max(initial=0)))
-            start = tf.constant(rhs / scale), shift, tf.constant(self.rtol * norms / scale), left
+            enough = tf.constant(self.rtol * np.where(norms > 0, norms, 1) / scale)
+            start = tf.constant(rhs / scale), shift, enough, left
             found = [t.numpy() for t in run(*start, *precondition.arrays)]
             correction, taken, met, residuals, curvatures, factors = found
-            x, steps, negative = x + correction * scale, steps + taken, negative | met
+            x += correction * scale * (norms > 0)  # rounding may leave crumbs of other columns
+            steps, negative = steps + taken, negative | met
             seen = residuals * scale / np.where(norms > 0, norms, 1)
             history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
             if "spectrum" not in known and precondition.function is unchanged:
