@@ -173,6 +173,18 @@ def test_a_copy_in_float64_is_the_same_model():
     assert keras_facts.in_float64(Ending(keras.ops.tanh), x) is None  # knows no configuration
 
 
+def test_an_activation_layer_is_a_function_that_does_not_train_or_cast():
+    class Own(layers.Layer):
+        def call(self, x, training=True):
+            return 2 * x if training else x
+
+    x = tf.constant([[0.1, 1 / 3]], tf.float64)
+    assert np.array_equal(keras_facts.as_function(Own(dtype="float32"))(x), x)
+    soft = keras_facts.as_function(layers.Softmax(dtype="float32"))(x)
+    np.testing.assert_allclose(soft, tf.nn.softmax(x), rtol=1e-14)
+    assert keras_facts.as_function(tf.nn.relu) is tf.nn.relu
+
+
 def test_the_work_of_a_model_counts_the_positions_of_its_layers():
     parts = layers.Conv2D(8, 3), layers.GlobalAveragePooling2D(), layers.Dense(10)
     model = keras.Sequential([keras.Input((8, 8, 1)), *parts])
