@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 import tensorflow as tf
+from tqdm.auto import tqdm
 
 from .hessian import as_operator, operator_of_model
 from .keras_facts import traced
@@ -72,7 +73,7 @@ def _lanczos(product, start, steps, without):
     """
     q = tf.constant(start / np.linalg.norm(start))
     basis, alphas, betas = [tf.constant(without), q], [], []
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "Lanczos", unit="product", delay=2, leave=False):
         w = product(q)
         alphas.append(float(tf.reduce_sum(q * w)))
         every = tf.concat(basis, 1)

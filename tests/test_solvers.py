@@ -7,8 +7,20 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import tensorflow as tf
+from sklearn.datasets import load_digits
 
-from helpers import CG, Cholesky, Eigh, GaussNewton, Hessian, Objective, solve
+from helpers import (
+    CG,
+    Cholesky,
+    Eigh,
+    GaussNewton,
+    Hessian,
+    Objective,
+    choose_damping,
+    solve,
+    solvers,
+)
+from helpers.gradients import per_example_gradients
 from helpers.hessian import Matrix
 from helpers.linalg import Factor
 from helpers.solvers import gauss_newton_preconditioner
@@ -207,3 +219,50 @@ def test_a_loss_that_is_not_convex_has_the_gauss_newton_preconditioner_too():
     assert found.converged.all()
     # a damping that leaves the Gauss-Newton matrix indefinite
     assert np.isfinite(gauss_newton_preconditioner(objective, 0.0)(b[:, None])).all()
+
+
+BODIES = {
+    "linear": [],
+    "tanh": [keras.layers.Dense(16, "tanh")],
+    "ReLU": [keras.layers.Dense(32, "relu"), keras.layers.Dense(32, "relu")],
+    "convolution": [
+        keras.layers.Reshape((8, 8, 1)),
+        keras.layers.Conv2D(4, 3, activation="tanh"),
+        keras.layers.Flatten(),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "operator"),
+    [("linear", Hessian), *((b, o) for b in list(BODIES)[1:] for o in (Hessian, GaussNewton))],
+)
+@pytest.mark.parametrize("k", [1, 10])
+def test_the_bar_tells_how_long_a_solve_will_take(body, operator, k, monkeypatch):
+    """After a third of the steps it stands where their number follows within a factor of two."""
+    seen = []
+
+    class Bar(solvers.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append(self.n / self.total)
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(solvers, "tqdm", Bar)
+    x, y = load_digits(return_X_y=True)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), *BODIES[body], keras.layers.Dense(10)])
+    model = keras.models.clone_model(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss)
+    model.fit(x[:1000] / 16, y[:1000], epochs=20, verbose=0)
+    objective = Objective(model, loss, x[:1000] / 16, y[:1000], weight_decay=1e-3, decayed="all")
+    gradients = per_example_gradients(objective, x[1000 : 1000 + k] / 16, y[1000 : 1000 + k])
+    H = operator(objective)
+    damping = max(1e-3, choose_damping(H).value)
+    solution = solve(H, gradients.T, CG(damping, 1e-3, precondition=None))
+    assert solution.converged.all()
+    assert seen[-1] == 1
+    assert len(seen) == solution.steps.max()
+    third = -(-len(seen) // 3)
+    assert len(seen) / 2 <= third / seen[third - 1] <= 2 * len(seen)
