@@ -448,7 +448,8 @@ def main():
     swept = scaling() + classes()
     draw(swept, folder / "benchmark.png")
     draw_errors(rows, folder / "error.png")
-    page, lines = ROOT / "README.md", readme_table(rows)
+    page = ROOT / "README.md"
+    lines = [f"Medians of {options.rounds} interleaved runs on {machine}.", "", *readme_table(rows)]
     head, rest = page.read_text(encoding="utf-8").split("<!-- speed -->")
     tail = rest.split("<!-- end speed -->")[1]
     text = "\n".join(["<!-- speed -->", "", *lines, "", "<!-- end speed -->"])
