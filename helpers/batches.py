@@ -5,6 +5,7 @@ An example is (x, y, weight): x a tensor, or lists and dicts of them, as the mod
 
 import copy
 from functools import partial
+from numbers import Number
 
 import keras
 import numpy as np
@@ -44,7 +45,10 @@ class Batches:
             self._read(x, check)
             return
         self.n = len(y)
-        self.batch_size = min(self.n, batch_size or self.affordable(bytes_an_example))
+        most = self.affordable(bytes_an_example)
+        if batch_size is not None:
+            most = max(1, int(checks.number("batch_size", batch_size, positive=True)))
+        self.batch_size = min(self.n, most)
         check(y)
         weight = checks.weights(weight, self.n, y)
         for values in (*keras.tree.flatten(x), y):
@@ -367,6 +371,8 @@ def _array(a):
         raise ValueError("A ragged tensor has no shape: pad it, a.to_tensor(), and mask.")
     if hasattr(a, "to_numpy"):
         return checks.numbers(a)
+    if isinstance(a, np.ndarray) and a.dtype == object:  # numbers of a frame whose columns differ
+        return np.array(a.tolist()) if all(isinstance(v, Number) for v in a.flat) else a
     if hasattr(a, "shape"):
         return a
     try:
@@ -403,12 +409,12 @@ def _stream(x, y, weight, batch_size):
     examples = keras.tree.lists_to_tuples((x, np.asarray(y), weight))  # tf.data would stack a list
     flat = keras.tree.flatten(examples)
 
+    def rows(start):
+        parts = [np.asarray(a[start : start + batch_size]) for a in flat]
+        return [a.astype(a.dtype.newbyteorder("="), copy=False) for a in parts]  # as TensorFlow's
+
     def read(start):
-        parts = tf.numpy_function(
-            lambda s: [np.asarray(a[s : s + batch_size]) for a in flat],
-            [start],
-            [tf.as_dtype(a.dtype) for a in flat],
-        )
+        parts = tf.numpy_function(rows, [start], [tf.as_dtype(a.dtype) for a in flat])
         for part, a in zip(parts, flat, strict=True):
             part.set_shape((None, *a.shape[1:]))
         return keras.tree.pack_sequence_as(examples, parts)

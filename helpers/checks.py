@@ -132,11 +132,13 @@ def numbers(frame):
     if values.dtype.kind != "O":
         return values
     try:
-        return values.astype(float)
+        return np.where(frame.isna(), np.nan, values).astype(float)  # <NA> is no float
     except (TypeError, ValueError):
         if values.ndim == 1:
             return values  # texts, which may go into the model as they are
-    texts = [str(name) for name in frame if frame[name].to_numpy().dtype.kind not in "biuf"]
+    texts = [
+        str(name) for name, column in frame.items() if numbers(column).dtype.kind not in "biuf"
+    ]
     raise ValueError(
         f"The columns {', '.join(texts)} hold text: number their values, as pd.get_dummies does."
     )
@@ -193,6 +195,7 @@ def labels(loss, y, predictions):
         raise ValueError(
             "The labels are text: number them, as np.unique(y, return_inverse=True)[1]."
         )
+    finite(y, "labels")
     _label_shape(name, function, y.shape, tuple(predictions))
     if not y.size or y.dtype.kind == "c":
         return

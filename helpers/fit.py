@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse.linalg
 
 from . import checks, derivatives
-from .linalg import Factor
+from .linalg import Factor, damped
 
 DENSE_FIT = 3_000  # parameters up to which a fit factorises H; beyond, Newton's method uses CG
 
@@ -69,7 +69,10 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
         )
     theta, steps = newton(head, objective.theta, tol, max_steps)
     if not np.isfinite(theta).all():
-        raise FloatingPointError("Newton's method met NaN or infinity; theta is as it was before.")
+        raise FloatingPointError(
+            "Newton's method met NaN or infinity; theta is as it was before. Scale the features "
+            "(keras.layers.Normalization), or take more weight decay."
+        )
     gradient = head.gradient(theta)
     exact = float(np.linalg.norm(gradient))
     step = float(np.linalg.norm(newton_direction(head, theta, gradient, {}, 1e-2)))
@@ -82,12 +85,16 @@ def fit_head(objective, *, tol=1e-10, max_steps=100):
     return Fit(norm, steps, head.loss(objective.theta), bool(converged), exact, step)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of steps that are too long, and then halved
 def newton(head, theta, tol, max_steps, **left_out):
     """Return the theta (p,) that Newton's method reaches from `theta`, and the steps it took.
 
     `weight` (n,) and `n` replace the head's own, for a fit that leaves points out.
     """
     loss, last = head.loss(theta, **left_out), np.inf
+    if not np.isfinite(loss):
+        theta = np.zeros_like(theta)
+        loss = head.loss(theta, **left_out)
     for step in range(max_steps):
         gradient = head.gradient(theta, **left_out)
         norm = np.linalg.norm(gradient)
@@ -100,11 +107,11 @@ def newton(head, theta, tol, max_steps, **left_out):
         try:
             direction = newton_direction(head, theta, gradient, left_out, rtol)
         except np.linalg.LinAlgError:  # unscaled features saturate all outputs of a random start
-            theta, before = np.zeros_like(theta), loss
-            loss = head.loss(theta, **left_out)
-            if loss >= before:
-                raise
-            continue
+            zeros = np.zeros_like(theta)
+            if (lower := head.loss(zeros, **left_out)) < loss:
+                theta, loss = zeros, lower
+                continue
+            direction = _downhill(head, theta, gradient, left_out)
         theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
     return theta, max_steps
 
@@ -116,6 +123,17 @@ def newton_direction(head, theta, gradient, left_out, rtol):
     product, p = head.product(theta, **left_out), len(theta)
     operator = scipy.sparse.linalg.LinearOperator((p, p), product, dtype=np.float64)
     return scipy.sparse.linalg.cg(operator, gradient, rtol=rtol)[0]
+
+
+def _downhill(head, theta, gradient, left_out):
+    """Return (H + mu I)^-1 g, mu the least power of ten that makes it positive definite."""
+    h = head.hessian(theta, **left_out)
+    for mu in np.abs(np.diag(h)).mean() * 10.0 ** np.arange(-3, 9):
+        try:
+            return Factor(damped(h, mu)).solve(gradient)
+        except np.linalg.LinAlgError:
+            continue
+    return gradient
 
 
 def factor_of(head, matrix):

@@ -45,8 +45,10 @@ class Factor:
             self.lower = scipy.linalg.cholesky(matrix, lower=True, check_finite=False)
         except np.linalg.LinAlgError as error:
             raise np.linalg.LinAlgError(
-                "The matrix is not positive definite, so it has no Cholesky factor: add damping "
-                "above minus its smallest eigenvalue, or use the Gauss-Newton matrix."
+                "The matrix is not positive definite, so it has no Cholesky factor. In a solve add "
+                "damping above minus its smallest eigenvalue, or use the Gauss-Newton matrix. An "
+                "exact fit or removal needs a loss that bends upwards: let every parameter decay "
+                "(weight_decay > 0, decayed='all'), or take another loss."
             ) from error
 
     def solve(self, b):

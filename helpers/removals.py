@@ -171,9 +171,9 @@ class Removals:
         A gradient that is no larger than what rounding leaves of it has not missed.
         """
         norms = np.linalg.norm(gradients, axis=0)
-        missed = norms > tol
+        missed = ~(norms <= tol)  # NaN has missed too
         if missed.any():
-            missed &= (np.abs(gradients) > self._rounding).any(0)
+            missed &= ~(np.abs(gradients) <= self._rounding).all(0)
         return norms, missed
 
     def _keep(self, ends, tol):
@@ -222,6 +222,7 @@ class Removals:
         weight[rows] = 0.0
         return {"weight": weight, "n": self.head.n - len(rows)}
 
+    @np.errstate(over="ignore", invalid="ignore")  # such refits are done anew, by Newton's method
     def _exact(self, rows, tol, max_steps):
         head, k = self.head, len(rows)
         z = self.factor.solve(self._wide(head.phi[rows])).reshape(-1, k, head.c)
@@ -231,11 +232,11 @@ class Removals:
         for step in range(max_steps + 1):
             gradient = self._left_out_gradient(theta[:, left], rows[left])
             norms = np.linalg.norm(gradient, axis=0)
-            slow = norms > (0.9 * last[left] if step < max_steps else 0)
+            slow = ~np.isfinite(norms) | (norms > (0.9 * last[left] if step < max_steps else 0))
             go = (norms > tol) & ~slow
-            for j in left[self._judged(gradient * slow, tol)[1]]:
+            for j in left[slow & self._judged(gradient, tol)[1]]:
                 alone = self._without(rows[j])
-                theta[:, j] = newton(head, theta[:, j], tol, 100, **alone)[0]
+                theta[:, j] = newton(head, self.theta, tol, 100, **alone)[0]
             last[left], left = norms, left[go]
             if not len(left):
                 break

@@ -68,7 +68,10 @@ def validate(H, x_test, y_test, removals=20, *, damping="auto", solver=None, see
     top, rest = np.split(order, [-(-removals // 2)])
     random = np.random.default_rng(seed).choice(rest, removals - len(top), replace=False)
     rows, started = np.concatenate([top, random]), time.perf_counter()
-    without = Removals(objective) if objective.head else None
+    try:
+        without = Removals(objective) if objective.head else None
+    except np.linalg.LinAlgError:  # a loss that does not bend upwards
+        without = None
     if without and without.at_minimum:
         actual = without.loss_change(without.exact(rows), x_test, y_test)
     else:
@@ -105,7 +108,8 @@ def _held_near(objective, rows, x_test, y_test, damping):
             raise ValueError(
                 "One removal moves the parameters by less than float32 can tell, and no float64 "
                 "copy of this model can be made (of a subclassed one it takes get_config): build "
-                "it in float64, keras.config.set_dtype_policy('float64')."
+                "it in float64, keras.config.set_dtype_policy('float64'). (LoRA's factors are "
+                "float32 in every model.)"
             )
     theta, slope, n = objective.theta, objective.gradient(), objective.n
     before, changes, astray = objective.losses(x_test, y_test), [], 0

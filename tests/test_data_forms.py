@@ -54,6 +54,8 @@ FORMS = {  # the name of a form, as the documentation lists it: x, y, sample_wei
     "pandas frame and series, any index": lambda _: (FRAME, pd.Series(Y, FRAME.index), W),
     "SciPy sparse matrix": lambda _: (scipy.sparse.csc_matrix(X), Y, W),
     "memory map (Zarr, HDF5 likewise)": lambda path: (on_disk(path), Y, W),
+    "memory map of big-endian numbers": lambda path: (on_disk(path, X.astype(">f4")), Y, W),
+    "arrays of dtype object, of numbers": lambda _: (X.astype(object), Y.astype(object), W),
     "tf.data.Dataset": lambda _: (tf.data.Dataset.from_tensor_slices((X, Y, W)).batch(5),),
     "keras.utils.PyDataset": lambda _: (Sequence(),),
     "list of batches (x, y, weight)": lambda _: (batches(),),
@@ -170,6 +172,9 @@ def broken(row):
         (lambda _: (tf.ragged.constant([[1.0], [1.0, 2.0]]), [0, 1]), "pad it"),
         (lambda _: ([[1.0, 2.0, 3.0], [1.0]], [0, 1]), "differ in length"),
         (lambda _: (FRAME.assign(c="text"), Y), "columns c hold text"),
+        (lambda _: (FRAME.assign(c=pd.Timestamp("2020-01-01")), Y), "columns c hold text"),
+        (lambda _: (FRAME.convert_dtypes().replace(2.0, pd.NA).mask(FRAME < 0), Y), "is number"),
+        (lambda _: (X, pd.Series([0, 1, pd.NA] * 4, dtype="Int64")), "labels hold NaN"),
         (lambda path: (on_disk(path, broken(7)), Y), "first is number 7"),
         (
             lambda _: (tf.data.Dataset.from_tensor_slices((broken(7), Y)).batch(5),),

@@ -1,9 +1,12 @@
 """Exact refits against scikit-learn and against each other."""
 
+import warnings
+
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 from conftest import SOFTMAX, ridge
 from sklearn.linear_model import LogisticRegression
 
@@ -15,6 +18,7 @@ from helpers import (
     predicted_loss_change,
     s_test,
     self_influence,
+    validate,
 )
 from helpers.fit import newton
 from studies import leave_one_out, many_fits, mislabels
@@ -307,3 +311,100 @@ def test_leverage_scaled_is_self_influence_by_the_hessian_of_the_others(classes)
     for w, part, r, score in zip(wide, parts, residuals, scores, strict=True):
         g = w @ r
         np.testing.assert_allclose(score, g @ np.linalg.solve(whole - part, g), rtol=1e-10)
+
+
+def least(features, y, weight, decay, theta):
+    """Return the minimum of a mean and a log sigma fitted by likelihood, by damped Newton steps."""
+
+    def loss(theta):
+        mean, log = (features @ theta.reshape(-1, 2)).T
+        with np.errstate(over="ignore"):
+            own = log + (y - mean) ** 2 * np.exp(-2 * log) / 2
+        return weight @ own + decay * theta @ theta / 2
+
+    for _ in range(500):
+        mean, log = (features @ theta.reshape(-1, 2)).T
+        q, e = y - mean, np.exp(-2 * log)
+        gradient = features.T @ (np.stack([-q * e, 1 - q * q * e], 1) * weight[:, None])
+        gradient = gradient.ravel() + decay * theta
+        if np.linalg.norm(gradient) < 1e-11:
+            return theta
+        a = np.array([[e, 2 * q * e], [2 * q * e, 2 * q * q * e]]) * weight
+        h = np.einsum("na,ijn,nb->aibj", features, a, features).reshape(len(theta), -1)
+        h += decay * np.eye(len(h))
+        shift = max(0.0, 0.01 - np.linalg.eigvalsh(h)[0])
+        step = np.linalg.solve(h + shift * np.eye(len(h)), gradient)
+        while not loss(theta - step) <= loss(theta) - 1e-4 * gradient @ step + 1e-15:
+            step /= 2
+        theta = theta - step
+    raise AssertionError("no minimum")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])  # a Hessian with negative eigenvalues, NaN, infinity
+def test_refits_that_run_astray_are_made_anew(seed):
+    rng, n, decay = np.random.default_rng(seed), 30, 0.05
+    x, y = rng.normal(size=(n, 3)), rng.normal(size=(n, 1))
+
+    def likelihood(t, p):
+        return p[:, 1] + 0.5 * (tf.cast(t, p.dtype)[:, 0] - p[:, 0]) ** 2 * tf.exp(-2 * p[:, 1])
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype="float64")])
+    objective = Objective(model, likelihood, x, y, weight_decay=decay, decayed="all")
+    assert fit_head(objective).converged
+    removals, features = Removals(objective), np.hstack([x, np.ones((n, 1))])
+    with warnings.catch_warnings(action="error"):
+        refits = removals.exact(range(n))
+    for i, theta in enumerate(refits.T):
+        weight = np.full(n, 1 / (n - 1))
+        weight[i] = 0
+        expected = least(features, y[:, 0], weight, decay, objective.theta)
+        np.testing.assert_allclose(theta, expected, rtol=1e-6, atol=1e-8)
+    assert np.isfinite(validate(objective, x[:3], y[:3]).r)
+
+
+@pytest.mark.parametrize("loss", [keras.losses.Huber(), keras.losses.LogCosh()])
+def test_a_fit_that_starts_where_the_loss_is_linear(loss):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3))
+    y = 50 + 5 * x[:, :1] + 5 * rng.normal(size=(60, 1))
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, dtype="float64")])
+    objective = Objective(model, loss, x, y, weight_decay=1e-2)
+    assert fit_head(objective).converged
+
+    def total(theta):
+        error = np.abs(x @ theta[:3] + theta[3] - y[:, 0])
+        huber = np.where(error < 1, error**2 / 2, error - 0.5)
+        cosh = error + np.log1p(np.exp(-2 * error)) - np.log(2)
+        return np.mean(huber if loss.name == "huber_loss" else cosh) + 0.005 * theta[:3] @ theta[:3]
+
+    assert objective.training_loss() == pytest.approx(total(objective.theta), rel=1e-9)
+    away = [total(objective.theta + 0.1 * step) for step in rng.normal(size=(50, 4))]
+    assert min(away) > total(objective.theta)
+
+
+def test_a_fit_whose_start_overflows():
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.uniform(20, 80, 50), rng.uniform(1000, 9000, 50)])
+    y = rng.poisson(3, (50, 1))
+    head = keras.layers.Dense(1, "exponential", dtype="float64")
+    model = keras.Sequential([keras.Input((2,)), head])
+    head.kernel.assign([[0.5], [1.0]])
+    objective = Objective(model, keras.losses.Poisson(), x, y, weight_decay=1e-3)
+    with warnings.catch_warnings(action="ignore"):  # differences overflow there too
+        assert fit_head(objective).converged
+
+
+@pytest.mark.parametrize("loss", ["mae", "hinge"])
+def test_a_head_whose_loss_does_not_bend_is_held_near(loss):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3))
+    y = np.sign(x[:, :1] + rng.normal(size=(60, 1)))
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, dtype="float64")])
+    objective = Objective(model, loss, x, y, weight_decay=1e-3)
+    with warnings.catch_warnings(action="ignore"):  # the loss has kinks, and no curvature
+        assert validate(objective, x[:2], y[:2], damping=1.0).r > 0.9
+    with pytest.raises(np.linalg.LinAlgError, match="decayed='all'"):
+        Removals(objective)
