@@ -329,6 +329,7 @@ def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch)
     for p, bed, name, kind, size, counts in asked_for():
         if (COMMITTED / f"11_{name}.json").exists():
             record, how = committed(name), {"better": kind == "better", "go_on": False}
+            how |= {"size": p["shortlist"], "steps": p["steps"]}
             found = attacks.ladders(like(record, size), name, "real", bed, counts, **how)
             assert {str(t): one for t, one in found.items()} == record["targets"]
             assert committed(name, tmp_path / "real" / "figures") == record
@@ -341,6 +342,7 @@ def test_committed_records_are_those_of_todays_parameters(tmp_path, monkeypatch)
                 falls = committed(f"{p['dataset']}_reach")[f"{kind}_{size}"]
                 assert attacks.claims.plain(ours) == falls
         asked = {"at_once": {"steps": p["many_steps"], "without": p["mislabelled"]}}
+        asked["at_once"]["shortlist"] = p["shortlist"]
         asked["recall"] = {"bed": bed, "pool": p["pool"], "shortlist": p["shortlist"]}
         for kind, about in asked.items():
             name = f"{p['dataset']}_{kind}"

@@ -41,6 +41,7 @@ def four():
     [
         (2, None, {"at_least": 2}, "holds"),
         (1.81, None, {"at_least": 2}, "partly"),
+        (0, None, {"above": 0}, "does not hold"),
         (1.79, None, {"at_least": 2}, "does not hold"),
         (1.79, (1.5, 2.1), {"at_least": 2}, "partly"),
         (1.99, (1.98, 1.995), {"at_least": 2}, "does not hold"),  # ruled out, if only just

@@ -176,6 +176,23 @@ def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments,
     assert not list(project.glob("runs/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1, 2]", "gives no parameters"),
+        ("03_a: {n: 4", "can not be read"),
+        ("03_a:", "gives 03_a no parameters, .* but None"),
+        ("03_a: []", r"gives 03_a no parameters, .* but \[\]"),
+        ("03_a: [{n: 4}, 5]", "gives 03_a no parameters, .* but 5"),
+        ("03_a: [{n: 4}, {n: 5}]", "gives 03_a two sets of parameters"),
+    ],
+)
+def test_a_file_of_parameters_that_means_nothing_is_said(project, capsys, content, words):
+    (project / "params" / "demo.yaml").write_text(content, encoding="utf-8")
+    assert run.main(["03"]) == run.NOT_RUN
+    assert re.search(words, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("name", ["THESIS_DATA", "KERAS_HOME"])
 def test_folders_named_by_the_environment(project, monkeypatch, capsys, name):
     monkeypatch.setenv(name, "my data")

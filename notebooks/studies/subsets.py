@@ -137,14 +137,14 @@ def over_halves(values, scoring, chosen):
 
 
 def network_accuracy(train, test, seed, weight_decay):
-    """Return the test accuracy of eight ReLU units after 500 steps of plain gradient descent.
+    """Return the test accuracy of eight ReLU units after about 500 steps of plain gradient descent.
 
     train, test : (pixels (n, d), labels (n,)); a step sees 100 pictures, or all of fewer.
     """
     n = len(train[0])
     batch = min(100, n)
     options = {"solver": "sgd", "learning_rate_init": 0.01, "momentum": 0.0, "alpha": weight_decay}
-    options |= {"batch_size": batch, "max_iter": 500 * batch // n, "tol": 0}
+    options |= {"batch_size": batch, "max_iter": round(500 / -(-n // batch)), "tol": 0}
     network = MLPClassifier((8,), **options, n_iter_no_change=1000, random_state=seed)
     with warnings.catch_warnings(action="ignore"):  # that the steps are not the end, which we know
         return network.fit(*train).score(*test)

@@ -98,7 +98,7 @@ def outcome(claim):
         some = (*interval, *np.clip(ends, *interval))  # one of them meets it, if any part does
         holds, near = met(value, limit), any(met(v, limit) for v in some)
     else:
-        holds, near = met(value, limit), any(abs(value - end) <= 0.1 * abs(end) for end in ends)
+        holds, near = met(value, limit), any(abs(value - end) < 0.1 * abs(end) for end in ends)
     return yes if holds else "partly" if near else no
 
 

@@ -144,7 +144,8 @@ def checksum(path):
 def photos(root, *, seed=0, n_train=1000, n_test=300):
     """Return the manifest of a folder of labelled photographs, split by class and subtype.
 
-    Every subtype is in both splits, in the same proportion: the draw is stratified.
+    Every subtype is in both splits, in the same proportion: the draw is stratified. n_test : of
+    each class; None for what is left, at most 300.
     """
     root = Path(root)
     if not root.is_dir():
@@ -252,6 +253,8 @@ def ilsvrc(root, *, seed=0, n_train=1000, n_test=300):
 
 def _split(table, seed, n_train, n_test):
     """Draw n_train + n_test pictures of each class, stratified by subtype."""
+    if n_test is None:
+        n_test = int(np.clip(table["label"].value_counts().min() - n_train, 1, 300))
     parts = []
     for label, group in table.groupby("label"):
         if len(group) < n_train + n_test:

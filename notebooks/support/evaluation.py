@@ -98,12 +98,15 @@ class Mean(NamedTuple):
         return f"{self.mean:.3f}" + f" ± {self.half:.3f}" * bool(np.isfinite(self.half))
 
 
-def mean_of(values):
-    """Return the Mean of repetitions (k,), its interval Student's; one alone has no interval."""
+def mean_of(values, possible=(-np.inf, np.inf)):
+    """Return the Mean of repetitions (k,), its interval Student's; one alone has no interval.
+
+    possible : where values can lie, (0, 1) of shares.
+    """
     values = np.asarray(values, float)
     k = len(values)
     half = stats.t.ppf(0.975, k - 1) * values.std(ddof=1) / np.sqrt(k) if k > 1 else np.nan
-    return Mean(float(values.mean()), float(half))
+    return Mean(float(values.mean()), float(half), possible)
 
 
 def bootstrap_of_mean(values, seed):

@@ -172,14 +172,24 @@ def jobs_of(profile, chosen):
     What a notebook on another data set than its default writes is called NN_name_<dataset>.
     """
     file = ROOT / "params" / f"{profile}.yaml"
-    given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file.relative_to(ROOT)} can not be read: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{file.relative_to(ROOT)} gives no parameters, NN_name: {{name: value}}")
     jobs, unknown = [], given.keys() - {path.stem for path in choose([])}
     if unknown:
         raise ValueError(f"{file.relative_to(ROOT)} names no notebook: {', '.join(unknown)}")
     for path in chosen:
         declared = declared_parameters(nbformat.read(path, 4))
         entry = given.get(path.stem, {})
-        for parameters in entry if isinstance(entry, list) else [entry]:
+        for parameters in entry if entry and isinstance(entry, list) else [entry]:
+            if not isinstance(parameters, dict):
+                raise ValueError(
+                    f"{file.relative_to(ROOT)} gives {path.stem} no parameters, {{name: value}}, "
+                    f"but {parameters}"
+                )
             if parameters.get("profile", "demo") != profile:
                 raise ValueError(
                     f"{file.relative_to(ROOT)} needs a line for {path.stem} that says "
@@ -189,6 +199,11 @@ def jobs_of(profile, chosen):
                 parameters = {**parameters, "mnist_source": datasets.best_digits()}
             dataset = parameters.get("dataset", declared.get("dataset"))
             name = path.stem if dataset in (None, DEFAULT) else f"{path.stem}_{dataset}"
+            if name in {job.name for job in jobs}:
+                raise ValueError(
+                    f"{file.relative_to(ROOT)} gives {name} two sets of parameters, and the second "
+                    "run would overwrite the first: one for each data set"
+                )
             jobs.append(Job(path, name, dataset, checked(parameters, declared)))
     return jobs
 
@@ -336,6 +351,8 @@ def main(arguments=None):
     parser.add_argument("--promote", action="store_true", help="copy a run to what is committed")
     parser.add_argument("notebooks", nargs="*", help="numbers or names; all by default")
     options = parser.parse_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs: at least 1")
     profile, only_copy = options.profile, options.promote and options.profile != "demo"
     at_once = options.jobs or (joblib.cpu_count() if profile == "demo" else 1)
     try:
@@ -343,6 +360,7 @@ def main(arguments=None):
         jobs = jobs_of(profile, chosen)
         named_folder("KERAS_HOME")
         root = data_root()
+        folder("runs", profile)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return NOT_RUN
