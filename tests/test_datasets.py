@@ -60,6 +60,8 @@ def test_photos_are_split_by_class(photos):
     assert datasets.pictures(manifest, 32).shape == (20, 32, 32, 3)
     again = datasets.photos(photos, n_train=6, n_test=4)
     assert manifest.equals(again)
+    rest = datasets.photos(photos, n_train=7, n_test=None)
+    assert (rest["split"] == "test").sum() == 6
 
 
 def test_pictures_and_features_follow_the_manifest_s_split(photos):
