@@ -272,6 +272,8 @@ def test_ladders_that_were_cut_off_go_on_where_they_were(setting, tmp_path, monk
     assert list(all_of_them(go_on=False)) == list(found)
     with pytest.raises(ValueError, match=r"another attack .* differs: bed.* Move it away"):
         all_of_them(1e-4)
+    with pytest.raises(ValueError, match="differs: steps"):
+        all_of_them(steps=8)
     committed = tmp_path / "committed"
     committed.mkdir()
     (tmp_path / "real" / "11_some_bed.json").replace(committed / "11_some_bed.json")
