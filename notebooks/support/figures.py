@@ -143,5 +143,6 @@ def gallery(images, captions, *, columns=6, titles=None, size=1.5, title=None):
 def captions(table, rows, nats):
     """Return captions for rows of a manifest: index and kind, below them the influence in nats."""
     kinds = table["subtype"].str.replace("_", " ").iloc[rows]
+    kinds = (k if len(k) <= 14 else f"{k[:13]}…" for k in kinds)
     rounded = (float(f"{v:.2g}") for v in nats)  # so that 120 is not shown as 1.2e+02
     return [f"{i} {k}\n{v:+g}" for i, k, v in zip(rows, kinds, rounded, strict=True)]
