@@ -372,7 +372,8 @@ def _array(a):
     if hasattr(a, "to_numpy"):
         return checks.numbers(a)
     if isinstance(a, np.ndarray) and a.dtype == object:  # numbers of a frame whose columns differ
-        return np.array(a.tolist()) if all(isinstance(v, Number) for v in a.flat) else a
+        numbers = a.size and all(isinstance(v, (Number, np.bool_)) for v in a.flat)
+        return np.array(a.tolist()) if numbers else a
     if hasattr(a, "shape"):
         return a
     try:
@@ -411,7 +412,7 @@ def _stream(x, y, weight, batch_size):
 
     def rows(start):
         parts = [np.asarray(a[start : start + batch_size]) for a in flat]
-        return [a.astype(a.dtype.newbyteorder("="), copy=False) for a in parts]  # as TensorFlow's
+        return [a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("=")) for a in parts]
 
     def read(start):
         parts = tf.numpy_function(rows, [start], [tf.as_dtype(a.dtype) for a in flat])

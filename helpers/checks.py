@@ -132,22 +132,22 @@ def numbers(frame):
     if values.dtype.kind != "O":
         return values
     try:
-        return np.where(frame.isna(), np.nan, values).astype(float)  # <NA> is no float
+        empty = frame.isna() if hasattr(frame, "isna") else False  # pandas' <NA> is no float
+        return np.where(empty, np.nan, values).astype(float)
     except (TypeError, ValueError):
         if values.ndim == 1:
             return values  # texts, which may go into the model as they are
-    texts = [
-        str(name) for name, column in frame.items() if numbers(column).dtype.kind not in "biuf"
-    ]
+    kinds = {str(name): numbers(column).dtype.kind for name, column in frame.items()}
+    texts = ", ".join(name for name, kind in kinds.items() if kind not in "biuf")
     raise ValueError(
-        f"The columns {', '.join(texts)} hold text: number their values, as pd.get_dummies does."
+        f"The columns {texts} hold no numbers: number their values, as pd.get_dummies does."
     )
 
 
 def finite(values, what, start=0):
     """Refuse real values (n, ...) that hold NaN or infinity; `what` they are, from number start."""
     values = np.asarray(values)
-    if values.dtype.kind not in "fc":
+    if values.dtype.kind not in "fc" or not values.size:
         return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
     if bad.any():

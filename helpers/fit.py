@@ -112,6 +112,8 @@ def newton(head, theta, tol, max_steps, **left_out):
                 theta, loss = zeros, lower
                 continue
             direction = _downhill(head, theta, gradient, left_out)
+        if not gradient @ direction > 0:  # of CG, where H has directions that do not bend
+            direction = gradient
         theta, loss = _armijo(head, theta, loss, direction, gradient @ direction, left_out)
     return theta, max_steps
 

@@ -302,31 +302,31 @@ class CG(Solver):
         x, rhs, norms = np.zeros_like(b), b, np.linalg.norm(b, axis=0)
         steps, negative = np.zeros(b.shape[1], int), np.zeros(b.shape[1], bool)
         history, known = [], {"method": "CG" if b.shape[1] == 1 else "block CG"}
-        bar = _bar(self.rtol)
-        for _ in range(3):
-            scale = np.linalg.norm(rhs, axis=0)
-            scale[scale == 0] = 1
-            left = tf.constant(self.max_steps - int(steps.max(initial=0)))
-            enough = tf.constant(self.rtol * np.where(norms > 0, norms, 1) / scale)
-            start = tf.constant(rhs / scale), shift, enough, left, tf.constant(id(bar), tf.int64)
-            found = [t.numpy() for t in run(*start, *precondition.arrays)]
-            correction, taken, met, residuals, curvatures, factors = found
-            x += correction * scale * (norms > 0)  # rounding may leave crumbs of other columns
-            steps, negative = steps + taken, negative | met
-            seen = residuals * scale / np.where(norms > 0, norms, 1)
-            history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
-            if "spectrum" not in known and precondition.function is unchanged:
-                known["spectrum"] = _ritz_ends(curvatures, factors)  # else they are those of M^-1 A
-            residual = _residual(H, self.damping, b, x)
-            if not np.isfinite(residual).all():
-                raise FloatingPointError(
-                    "A product is NaN or infinite: look at the model's losses."
-                )
-            missed = (np.linalg.norm(residual, axis=0) > self.rtol * norms) & ~negative
-            if not missed.any() or steps.max() >= self.max_steps:
-                break
-            rhs = residual * missed
-        bar.close()
+        with _bar(self.rtol) as bar:
+            number = tf.constant(id(bar), tf.int64)
+            for _ in range(3):
+                scale = np.linalg.norm(rhs, axis=0)
+                scale[scale == 0] = 1
+                left = tf.constant(self.max_steps - int(steps.max(initial=0)))
+                enough = tf.constant(self.rtol * np.where(norms > 0, norms, 1) / scale)
+                start = tf.constant(rhs / scale), shift, enough, left, number
+                found = [t.numpy() for t in run(*start, *precondition.arrays)]
+                correction, taken, met, residuals, curvatures, factors = found
+                x += correction * scale * (norms > 0)  # rounding may leave crumbs of other columns
+                steps, negative = steps + taken, negative | met
+                seen = residuals * scale / np.where(norms > 0, norms, 1)
+                history.append(np.where(rhs.any(0), seen, np.nan)[bool(history) :])
+                if "spectrum" not in known and precondition.function is unchanged:
+                    known["spectrum"] = _ritz_ends(curvatures, factors)  # else those of M^-1 A
+                residual = _residual(H, self.damping, b, x)
+                if not np.isfinite(residual).all():
+                    raise FloatingPointError(
+                        "A product is NaN or infinite: look at the model's losses."
+                    )
+                missed = (np.linalg.norm(residual, axis=0) > self.rtol * norms) & ~negative
+                if not missed.any() or steps.max() >= self.max_steps:
+                    break
+                rhs = residual * missed
         known |= {"steps": steps, "negative": negative, "history": np.concatenate(history)}
         return x, known | {"residual": residual}
 
@@ -356,7 +356,8 @@ _BARS = weakref.WeakValueDictionary()
 def _bar(rtol):
     """Return a progress bar whose unit is a decade of the residual: CG's way there is about even.
 
-    Where it stands after a third of the steps, the time it says is left is right within about two.
+    The number of steps that follows from where it stands after a third of them is right within
+    about two. Restarts from the true residual begin where it is full.
     """
     total = -np.log10(np.clip(rtol, 1e-16, 1))
     bar = tqdm(
@@ -368,7 +369,7 @@ def _bar(rtol):
 
 
 def _advance(number, worst):
-    bar = _BARS[number]
+    bar = _BARS[int(number)]  # an array where functions run eagerly
     bar.update(max(0.0, bar.total - np.log10(max(1.0, worst)) - bar.n))
 
 

@@ -360,7 +360,7 @@ def test_refits_that_run_astray_are_made_anew(seed):
         weight[i] = 0
         expected = least(features, y[:, 0], weight, decay, objective.theta)
         np.testing.assert_allclose(theta, expected, rtol=1e-6, atol=1e-8)
-    assert np.isfinite(validate(objective, x[:3], y[:3]).r)
+    assert validate(objective, x[:3], y[:3]).r > 0.7
 
 
 @pytest.mark.parametrize("loss", [keras.losses.Huber(), keras.losses.LogCosh()])
@@ -377,7 +377,10 @@ def test_a_fit_that_starts_where_the_loss_is_linear(loss):
         error = np.abs(x @ theta[:3] + theta[3] - y[:, 0])
         huber = np.where(error < 1, error**2 / 2, error - 0.5)
         cosh = error + np.log1p(np.exp(-2 * error)) - np.log(2)
-        return np.mean(huber if loss.name == "huber_loss" else cosh) + 0.005 * theta[:3] @ theta[:3]
+        return (
+            np.mean(huber if isinstance(loss, keras.losses.Huber) else cosh)
+            + 0.005 * theta[:3] @ theta[:3]
+        )
 
     assert objective.training_loss() == pytest.approx(total(objective.theta), rel=1e-9)
     away = [total(objective.theta + 0.1 * step) for step in rng.normal(size=(50, 4))]

@@ -181,6 +181,7 @@ def test_what_can_not_be_run_is_said_in_one_sentence(project, capsys, arguments,
     [
         ("[1, 2]", "gives no parameters"),
         ("03_a: {n: 4", "can not be read"),
+        ("3: {n: 4}", "names no notebook: 3"),
         ("03_a:", "gives 03_a no parameters, .* but None"),
         ("03_a: []", r"gives 03_a no parameters, .* but \[\]"),
         ("03_a: [{n: 4}, 5]", "gives 03_a no parameters, .* but 5"),

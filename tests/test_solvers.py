@@ -233,36 +233,42 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("body", "operator"),
-    [("linear", Hessian), *((b, o) for b in list(BODIES)[1:] for o in (Hessian, GaussNewton))],
-)
-@pytest.mark.parametrize("k", [1, 10])
-def test_the_bar_tells_how_long_a_solve_will_take(body, operator, k, monkeypatch):
+@pytest.mark.parametrize("body", BODIES)
+def test_the_bar_tells_how_long_a_solve_will_take(body, monkeypatch):
     """After a third of the steps it stands where their number follows within a factor of two."""
     seen = []
 
     class Bar(solvers.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False})
+
         def update(self, n=1):
             super().update(n)
             seen.append(self.n / self.total)
 
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(solvers, "tqdm", Bar)
     x, y = load_digits(return_X_y=True)
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((64,)), *BODIES[body], keras.layers.Dense(10)])
-    model = keras.models.clone_model(model)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss)
     model.fit(x[:1000] / 16, y[:1000], epochs=20, verbose=0)
     objective = Objective(model, loss, x[:1000] / 16, y[:1000], weight_decay=1e-3, decayed="all")
-    gradients = per_example_gradients(objective, x[1000 : 1000 + k] / 16, y[1000 : 1000 + k])
-    H = operator(objective)
-    damping = max(1e-3, choose_damping(H).value)
-    solution = solve(H, gradients.T, CG(damping, 1e-3, precondition=None))
-    assert solution.converged.all()
-    assert seen[-1] == 1
-    assert len(seen) == solution.steps.max()
-    third = -(-len(seen) // 3)
-    assert len(seen) / 2 <= third / seen[third - 1] <= 2 * len(seen)
+    gradients = per_example_gradients(objective, x[1000:1010] / 16, y[1000:1010])
+    for H in (Hessian(objective), GaussNewton(objective))[: 1 if body == "linear" else 2]:
+        damping = max(1e-3, choose_damping(H).value)
+        for k in (1, 10):
+            seen.clear()
+            solution = solve(H, gradients[:k].T, CG(damping, 1e-3, precondition=None))
+            assert solution.converged.all()
+            assert seen[-1] == 1
+            third = -(-len(seen) // 3)
+            assert len(seen) / 2 <= third / seen[third - 1] <= 2 * len(seen)
+
+
+def test_cg_where_functions_run_eagerly():
+    tf.config.run_functions_eagerly(True)
+    try:
+        assert solve(spd(20, 10), np.ones(20), CG()).converged.all()
+    finally:
+        tf.config.run_functions_eagerly(False)

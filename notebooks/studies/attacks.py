@@ -188,9 +188,9 @@ def load(size, pictures, n_train, backbone_name, weights, layer, weight_decay, *
     test pictures (m, h, w, 3).
 
     size : side of the pictures. pictures : "rendered", "photos" or "ilsvrc" of `datasets.vehicles`,
-    or "dog_fish", n_train of each class, and 300 for testing or what is left of photographs. layer
-    : where the features come from, averaged over space; "" for the backbone's last. batch : half as
-    many together from 250 pixels a side.
+    or "dog_fish", n_train of each class, and 300 for testing or what is left of photographs.
+    layer : where the features come from, averaged over space; "" for the backbone's last.
+    batch : half as many together from 250 pixels a side.
     """
     backbone = features.load_backbone(backbone_name, weights=weights, size=size)
     if layer:
@@ -289,7 +289,7 @@ def ladders(attacker, name, profile, bed, counts, *, seed=0, go_on=True, **how):
     about = {"size": attacker.backbone.size, "attack": "better" if better else "original"}
     drawn = "random order of the test pictures that the clean head names correctly"
     about |= {"bed": bed, "targets": tests, "counts": counts, "drawn": drawn, "seed": seed}
-    about |= {"shortlist": how.get("size"), "steps": how.get("steps")}
+    about |= {"shortlist": how.get("size", 40), "steps": how.get("steps", 100)}
     record = Record(name, profile, about, attacker)
     parts = list(zip(counts, (2, 5, 6), strict=True))
     for count, stop in (parts[::-1] if better else parts) if go_on else ():

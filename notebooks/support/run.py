@@ -180,7 +180,9 @@ def jobs_of(profile, chosen):
         raise ValueError(f"{file.relative_to(ROOT)} gives no parameters, NN_name: {{name: value}}")
     jobs, unknown = [], given.keys() - {path.stem for path in choose([])}
     if unknown:
-        raise ValueError(f"{file.relative_to(ROOT)} names no notebook: {', '.join(unknown)}")
+        raise ValueError(
+            f"{file.relative_to(ROOT)} names no notebook: {', '.join(map(str, unknown))}"
+        )
     for path in chosen:
         declared = declared_parameters(nbformat.read(path, 4))
         entry = given.get(path.stem, {})
