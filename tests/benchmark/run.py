@@ -335,7 +335,7 @@ def draw_errors(rows, path):
     )  # fmt: skip
     grid.set(xscale="log", yscale="log").set_titles("{row_name}, {col_name}")
     grid.axes[0, 0].invert_xaxis()
-    grid.set_xlabels("relative error (falls to the right)")
+    grid.set_xlabels("relative error (falling)")
     for axis in grid.axes.flat:
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
