@@ -410,7 +410,7 @@ def _stream(x, y, weight, batch_size):
     examples = keras.tree.lists_to_tuples((x, np.asarray(y), weight))  # tf.data would stack a list
     flat = keras.tree.flatten(examples)
 
-    def rows(start):
+    def rows(start):  # in the machine's order of bytes: TensorFlow does not ask
         parts = [np.asarray(a[start : start + batch_size]) for a in flat]
         return [a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("=")) for a in parts]
 
